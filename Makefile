@@ -1,0 +1,65 @@
+# Each target sets the environment up first; that is quick when nothing changed.
+#   make repro    the whole pipeline, from the sample data (or your own in data/) to results/
+#   make test     every notebook as a test, then pytest
+#   make slow     the notebook cells and tests that take minutes
+#   make lab      JupyterLab on the repository
+#   make lock     remake requirements.lock.txt after a change in settings.ini (UPGRADE=--upgrade takes newer versions)
+#   make sample   put what is in data/ into the sample remote that the repository ships
+# PYTHON=python3.12 makes .venv with another interpreter.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+PULLING := .dvc/tmp/pulling
+
+# Stages start papermill, and notebooks start python, by name.
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help repro test slow lab lock sample data-present
+.DELETE_ON_ERROR:
+
+help:
+	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
+
+repro: $(READY) data-present
+	@$(BIN)/dvc repro
+
+test: $(READY) data-present
+	@$(BIN)/nbdev_test --n_workers 2 --do_print --timing
+	@$(BIN)/pytest
+
+slow: $(READY) data-present
+	@$(BIN)/nbdev_test --flags slow --n_workers 1 --do_print --timing
+	@$(BIN)/pytest -m slow
+
+lab: $(READY) data-present
+	@$(BIN)/jupyter-lab
+
+$(READY): requirements.lock.txt settings.ini setup.py pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
+	    echo "glcm needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is `$(PYTHON) --version 2>&1`." \
+	         "Name another interpreter: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@echo "Installing requirements.lock.txt into .venv (the first time 6 GB, some minutes)"
+	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+# Your own data/ is never touched: the sample is pulled only where there is no data/, or where a pull was cut off.
+data-present: $(READY)
+	@if [ ! -e data ] || [ -e $(PULLING) ]; then \
+	    mkdir -p .dvc/tmp && touch $(PULLING) && $(BIN)/dvc pull data.dvc && rm $(PULLING); fi
+
+lock:
+	@[ -x build/uv/bin/uv ] || { $(PYTHON) -m venv build/uv && build/uv/bin/pip install --quiet uv; }
+	@build/uv/bin/uv pip compile --quiet setup.py --extra dev --universal --python-version 3.11 \
+	    --fork-strategy fewest --no-annotate --no-emit-index-url --no-emit-find-links \
+	    --custom-compile-command "make lock" $(UPGRADE) -o requirements.lock.txt
+
+# The remote is emptied first: git must not carry the files of an earlier sample.
+sample: $(READY)
+	@$(BIN)/dvc add data
+	@grep -q 'remote: sample' data.dvc || echo '  remote: sample' >> data.dvc
+	@rm -rf sample
+	@$(BIN)/dvc push data.dvc -r sample
+	@du -sh sample
