@@ -10,7 +10,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 READY := .venv/.ready
-PULLING := .dvc/tmp/pulling
+UNPACKING := .dvc/tmp/unpacking
 
 # Stages start papermill, and notebooks start python, by name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
@@ -45,10 +45,11 @@ $(READY): requirements.lock.txt settings.ini setup.py pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
-# Your own data/ is never touched: the sample is pulled only where there is no data/, or where a pull was cut off.
+# Your own data/ is never touched: the sample is put there only where there is no data/, or where doing so was cut off.
 data-present: $(READY)
-	@if [ ! -e data ] || [ -e $(PULLING) ]; then \
-	    mkdir -p .dvc/tmp && touch $(PULLING) && $(BIN)/dvc pull data.dvc && rm $(PULLING); fi
+	@if [ ! -e data ] || [ -e $(UNPACKING) ]; then \
+	    $(BIN)/dvc fetch data.dvc && touch $(UNPACKING) && \
+	    $(BIN)/dvc checkout data.dvc && rm $(UNPACKING); fi
 
 lock:
 	@[ -x build/uv/bin/uv ] || { $(PYTHON) -m venv build/uv && build/uv/bin/pip install --quiet uv; }
