@@ -45,20 +45,20 @@ class _StreamedMilNce(torch.autograd.Function):
         grad_anchors, grad_groups = torch.empty_like(anchors), torch.zeros_like(groups)
         with torch.autocast(anchors.device.type, enabled=False):
             for rows in torch.arange(len(anchors), device=anchors.device).split(ctx.block):
-                slope = _slope(_scores(anchors, groups, rows), rows, own, own + loss, ctx.count)
+                slope = _slope(_scores(anchors, groups, rows), rows, own, loss, ctx.count)
                 slope = slope.flatten(1).mul_(grad/len(anchors))
                 grad_anchors[rows] = slope @ groups.flatten(0, 1)
-                grad_groups.flatten(0, 1).addmm_(slope.T, anchors[rows])
+                grad_groups.view(-1, groups.shape[2]).addmm_(slope.T, anchors[rows])
         return grad_anchors, grad_groups, None, None
 
-def _slope(scores, rows, own, total, count):
+def _slope(scores, rows, own, loss, count):
     "n times the derivative of the loss by the scores (rows, g, n), in their place."
+    total = own + loss # the logarithm of the denominator
     positives = scores[rows - rows[0], :, rows]
     lower = torch.minimum(total[rows, None], total) # one exponential for both directions, and none above one
     weight = (lower - total[rows, None]).exp() + (lower - total).exp()
     scores.sub_(lower.unsqueeze(1)).exp_().mul_(weight.unsqueeze(1))
-    own, total = own[rows, None], total[rows, None]
-    scores[rows - rows[0], :, rows] = (positives - own).exp()*(count*(own - total).exp() - 1)
+    scores[rows - rows[0], :, rows] = (positives - own[rows, None]).exp()*(count*(-loss[rows, None]).exp() - 1)
     return scores
 
 # %% ../nbs/09_losses.ipynb #011
@@ -88,7 +88,7 @@ def mil_nce_global(
     count_positives: Literal['once', 'twice'] = 'once', # how often the positives stand in the denominator
 ) -> torch.Tensor: # scalar, mean over clips, at least float32
     "Global MIL-NCE (Eq. 1): a clip's sound against the cells of its own frame; raises `InputError` for shapes that do not fit."
-    if z_v.ndim != 4 or z_a.shape != z_v.shape[:2]:
+    if z_v.ndim != 4 or z_a.shape != z_v.shape[:2] or not z_v.numel():
         raise InputError(f'the global loss needs z_a (B, D) and z_v (B, D, H, W), not {tuple(z_a.shape)} and {tuple(z_v.shape)}')
     return _mil_nce(z_a, z_v.flatten(2).permute(2, 0, 1), temperature, count_positives, None)
 
@@ -101,7 +101,8 @@ def mil_nce_local(
     block: int | None = None, # anchors whose scores are in memory at once; default: a few MB of them
 ) -> torch.Tensor: # scalar, mean over clips and steps, at least float32
     "Local MIL-NCE (Eq. 2): a visual step against the audio slices of its own time; raises `InputError` for shapes that do not fit."
-    if z_a.ndim != 3 or z_v.ndim != 3 or z_a.shape[:2] != z_v.shape[:2] or not z_v.shape[2] or z_a.shape[2] % z_v.shape[2]:
+    if (z_a.ndim != 3 or z_v.ndim != 3 or z_a.shape[:2] != z_v.shape[:2] or not z_a.numel() or not z_v.numel()
+            or z_a.shape[2] % z_v.shape[2]):
         raise InputError('the local loss needs z_a (B, D, T*M) and z_v (B, D, T), M whole, '
                          f'not {tuple(z_a.shape)} and {tuple(z_v.shape)}')
     slices = z_a.unflatten(2, (z_v.shape[2], -1)).permute(3, 0, 2, 1).flatten(1, 2) # (M, B*T, D)

@@ -1,0 +1,212 @@
+"Both MIL-NCE losses against a reference of loops in float64, closed forms, and their own dense form."
+import math
+
+import pytest
+import torch
+from torch.autograd import gradcheck
+from torch.nn import functional as F
+
+from glcm.core import InputError
+from glcm.losses import mil_nce_global, mil_nce_local
+
+COUNTS = ['once', 'twice']
+
+
+def looped_mil_nce(scores, own, count):
+    "Mean MIL-NCE from scores[anchor][candidate] and own[anchor], the set of its candidates; plain Python floats."
+    losses = []
+    for k, row in enumerate(scores):
+        positives = [row[j] for j in own[k]]
+        negatives = [row[j] for j in range(len(row)) if j not in own[k]]
+        negatives += [scores[other][j] for other in range(len(scores)) if other != k for j in own[k]]
+        highest = max(positives + negatives)
+        P = sum(math.exp(s - highest) for s in positives)
+        N = sum(math.exp(s - highest) for s in negatives)
+        losses.append(math.log((P*(2 if count == 'twice' else 1) + N)/P))
+    return sum(losses)/len(losses)
+
+
+def looped_global(z_a, z_v, temperature, count):
+    "Eq. 1 with one loop per index."
+    B, D, H, W = z_v.shape
+    cells = [(b, i, j) for b in range(B) for i in range(H) for j in range(W)]
+    scores = [[sum(float(z_a[k, d])*float(z_v[b, d, i, j]) for d in range(D))/temperature for b, i, j in cells] for k in range(B)]
+    return looped_mil_nce(scores, [{c for c, cell in enumerate(cells) if cell[0] == k} for k in range(B)], count)
+
+
+def looped_local(z_a, z_v, temperature, count):
+    "Eq. 2 with one loop per index."
+    B, D, T = z_v.shape
+    M = z_a.shape[2]//T
+    steps, slices = [(b, t) for b in range(B) for t in range(T)], [(b, m) for b in range(B) for m in range(T*M)]
+    scores = [[sum(float(z_v[b, d, t])*float(z_a[c, d, m]) for d in range(D))/temperature for c, m in slices] for b, t in steps]
+    own = [{k for k, (c, m) in enumerate(slices) if c == b and t*M <= m < (t + 1)*M} for b, t in steps]
+    return looped_mil_nce(scores, own, count)
+
+
+def dense_mil_nce(anchors, groups, count):
+    "All scores at once, by autograd: anchors (n, D) against groups (g, n, D)."
+    G = torch.einsum('kd,gid->kgi', anchors, groups).logsumexp(1)
+    others = G.masked_fill(torch.eye(len(G), dtype=torch.bool), -torch.inf)
+    positives = [G.diagonal()[:, None]]*(2 if count == 'twice' else 1)
+    return (torch.cat([*positives, others, others.T], 1).logsumexp(1) - G.diagonal()).mean()
+
+
+def dense_local(z_a, z_v, temperature, count):
+    "The dense form of the local loss."
+    B, D, T = z_v.shape
+    groups = z_a.reshape(B, D, T, -1).permute(3, 0, 2, 1).reshape(-1, B*T, D)
+    return dense_mil_nce(z_v.permute(0, 2, 1).reshape(B*T, D)/temperature, groups, count)
+
+
+def embeddings(*shape, seed=0, dtype=torch.float32, requires_grad=False):
+    "Normalised random embeddings."
+    generator = torch.Generator().manual_seed(seed)
+    return F.normalize(torch.randn(*shape, generator=generator, dtype=dtype), dim=1).requires_grad_(requires_grad)
+
+
+def relative(a, b):
+    "Norm of the difference over the norm."
+    return float((a - b).norm()/b.norm())
+
+
+@pytest.mark.parametrize('count', COUNTS)
+@pytest.mark.parametrize('temperature', [1., 0.07])
+@pytest.mark.parametrize('B, D, H, W', [(4, 5, 2, 3), (2, 3, 1, 1), (1, 4, 3, 2)])
+def test_global_equals_loops(B, D, H, W, temperature, count):
+    z_a, z_v = embeddings(B, D), embeddings(B, D, H, W, seed=1)
+    expected = looped_global(z_a, z_v, temperature, count)
+    assert float(mil_nce_global(z_a.double(), z_v.double(), temperature, count)) == pytest.approx(expected, abs=1e-12, rel=1e-12)
+    assert float(mil_nce_global(z_a, z_v, temperature, count)) == pytest.approx(expected, abs=1e-6, rel=1e-5)
+
+
+@pytest.mark.parametrize('count', COUNTS)
+@pytest.mark.parametrize('temperature', [1., 0.07])
+@pytest.mark.parametrize('B, D, T, M', [(3, 4, 3, 2), (2, 3, 4, 1), (1, 5, 3, 3), (1, 5, 1, 3)])
+def test_local_equals_loops(B, D, T, M, temperature, count):
+    z_a, z_v = embeddings(B, D, T*M), embeddings(B, D, T, seed=1)
+    expected = looped_local(z_a, z_v, temperature, count)
+    for block in (None, 1, 2):
+        found = mil_nce_local(z_a.double(), z_v.double(), temperature, count, block)
+        assert float(found) == pytest.approx(expected, abs=1e-12, rel=1e-12)
+    assert float(mil_nce_local(z_a, z_v, temperature, count)) == pytest.approx(expected, abs=1e-6, rel=1e-5)
+
+
+def test_one_positive_is_infonce():
+    z_a, z_v = 3*embeddings(7, 5), embeddings(7, 5, seed=1)
+    S = z_a @ z_v.T
+    rest = S.T[~torch.eye(7, dtype=torch.bool)].view(7, 6)
+    once, twice = (F.cross_entropy(torch.cat([S, other], 1), torch.arange(7)) for other in (rest, S.T))
+    assert float(mil_nce_global(z_a, z_v[..., None, None], 1., 'once')) == pytest.approx(float(once), rel=1e-6)
+    assert float(mil_nce_global(z_a, z_v[..., None, None], 1., 'twice')) == pytest.approx(float(twice), rel=1e-6)
+    as_steps = dict(z_a=z_v.T[None], z_v=z_a.T[None], temperature=1.)
+    assert float(mil_nce_local(**as_steps)) == pytest.approx(float(once), rel=1e-6)
+
+
+@pytest.mark.parametrize('B, H, W', [(2, 3, 3), (8, 4, 4), (32, 1, 2)])
+def test_uniform_scores_give_the_logarithm_of_the_ratio(B, H, W):
+    z_a, z_v = torch.ones(B, 4), torch.ones(B, 4, H, W)
+    assert float(mil_nce_global(z_a, z_v, 1., 'once')) == pytest.approx(math.log(2*B - 1), rel=1e-5)
+    assert float(mil_nce_global(z_a, z_v, 1., 'twice')) == pytest.approx(math.log(2*B), rel=1e-5)
+    local = mil_nce_local(torch.ones(B, 4, 5*3), torch.ones(B, 4, 5), 1., block=7)
+    assert float(local) == pytest.approx(math.log(2*5*B - 1), rel=1e-5)
+
+
+@pytest.mark.parametrize('sign', [1, -1])
+@pytest.mark.parametrize('count, floor', [('once', 0.), ('twice', math.log(2))])
+def test_scores_of_ten_thousand(sign, count, floor):
+    B = 6
+    z_a = (100*torch.eye(B)).requires_grad_()
+    z_v = (sign*100*torch.eye(B))[..., None, None].repeat(1, 1, 2, 2).requires_grad_() # own cells score +-1e4
+    loss = mil_nce_global(z_a, z_v, 1., count)
+    loss.backward()
+    expected = floor if sign == 1 else 1e4 + math.log(2*(B - 1))
+    assert float(loss.detach()) == pytest.approx(expected, abs=2e-3)
+    assert z_a.grad.isfinite().all() and z_v.grad.isfinite().all()
+    generator = torch.Generator().manual_seed(0)
+    z_a, z_v = (100*torch.randn(B, 8, *size, generator=generator).requires_grad_() for size in ([12], [4]))
+    gradients = torch.autograd.grad(mil_nce_local(z_a, z_v, 1., count, block=5), (z_a, z_v))
+    assert all(g.isfinite().all() for g in gradients)
+
+
+@pytest.mark.parametrize('count, value', [('once', 0.), ('twice', math.log(2))])
+@pytest.mark.parametrize('scale', [1., 100.])
+def test_without_negatives(scale, count, value):
+    z_a, z_v = scale*embeddings(1, 8, requires_grad=True), scale*embeddings(1, 8, 4, 4, seed=1)
+    loss = mil_nce_global(z_a, z_v, 1., count)
+    gradient, = torch.autograd.grad(loss, z_a)
+    assert float(loss.detach()) == pytest.approx(value, abs=1e-6)
+    assert gradient.abs().max() < 1e-4*scale
+
+
+@pytest.mark.parametrize('count', COUNTS)
+@pytest.mark.parametrize('block', [None, 1, 4, 5, 100])
+def test_gradcheck(count, block):
+    z_a, z_v = (embeddings(3, 4, n, seed=n, dtype=torch.double, requires_grad=True) for n in (6, 3))
+    assert gradcheck(lambda a, v: mil_nce_local(a, v, 0.5, count, block), (z_a, z_v))
+    z_a = embeddings(4, 3, dtype=torch.double, requires_grad=True)
+    z_v = embeddings(4, 3, 2, 2, seed=1, dtype=torch.double, requires_grad=True)
+    assert gradcheck(lambda a, v: mil_nce_global(a, v, 0.5, count), (z_a, z_v))
+
+
+@pytest.mark.parametrize('count', COUNTS)
+@pytest.mark.parametrize('temperature', [1., 0.07])
+@pytest.mark.parametrize('block', [None, 1, 7, 16, 64, 96, 1000])
+def test_streamed_equals_dense(block, temperature, count):
+    z_a, z_v = embeddings(6, 24, 16*3, requires_grad=True), embeddings(6, 24, 16, seed=1, requires_grad=True)
+    found, expected = mil_nce_local(z_a, z_v, temperature, count, block), dense_local(z_a, z_v, temperature, count)
+    assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
+    for a, b in zip(torch.autograd.grad(found, (z_a, z_v)), torch.autograd.grad(expected, (z_a, z_v))):
+        assert relative(a, b) < 1e-5
+
+
+def test_streamed_equals_dense_for_the_global_loss():
+    z_a, z_v = embeddings(9, 24, requires_grad=True), embeddings(9, 24, 7, 5, seed=1, requires_grad=True)
+    found, expected = mil_nce_global(z_a, z_v), dense_mil_nce(z_a/0.07, z_v.flatten(2).permute(2, 0, 1), 'once')
+    for a, b in zip(torch.autograd.grad(3*found, (z_a, z_v)), torch.autograd.grad(3*expected, (z_a, z_v))):
+        assert relative(a, b) < 1e-5
+
+
+def test_clips_may_come_in_any_order():
+    z_a, z_v, order = embeddings(5, 8, 4*3), embeddings(5, 8, 4, seed=1), torch.tensor([3, 0, 4, 1, 2])
+    assert float(mil_nce_local(z_a[order], z_v[order])) == pytest.approx(float(mil_nce_local(z_a, z_v)), rel=1e-6)
+    z_a, z_v, cells = embeddings(5, 8), embeddings(5, 8, 3, 3, seed=1), torch.randperm(9)
+    shuffled = z_v.flatten(2)[..., cells].view_as(z_v)
+    assert float(mil_nce_global(z_a[order], shuffled[order])) == pytest.approx(float(mil_nce_global(z_a, z_v)), rel=1e-6)
+
+
+def test_time_matters_in_the_local_loss():
+    "Steps of the same clip are negatives: turning one clip's sound around in time changes the loss."
+    z = embeddings(2, 16, 6)
+    aligned, reversed_ = z.repeat_interleave(3, dim=2), z.flip(2).repeat_interleave(3, dim=2)
+    assert mil_nce_local(aligned, z) + 1 < mil_nce_local(reversed_, z)
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype):
+    z_a, z_v = embeddings(4, 8, 12).to(dtype), embeddings(4, 8, 4, seed=1).to(dtype)
+    expected = mil_nce_local(z_a.float(), z_v.float())
+    z_a.requires_grad_()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        found = mil_nce_local(z_a, z_v)
+        found.backward()
+    assert found.dtype == torch.float32 and torch.equal(found.detach(), expected)
+    reference = z_a.detach().float().requires_grad_()
+    mil_nce_local(reference, z_v.float()).backward()
+    assert torch.equal(z_a.grad, reference.grad.to(dtype))
+
+
+def test_nan_stays_visible():
+    z_a, z_v = embeddings(4, 8), embeddings(4, 8, 2, 2, seed=1)
+    z_a[2, 3] = torch.nan
+    assert mil_nce_global(z_a, z_v).isnan()
+
+
+@pytest.mark.parametrize('loss, a, v', [
+    (mil_nce_global, (3, 8), (4, 8, 2, 2)), (mil_nce_global, (4, 7), (4, 8, 2, 2)), (mil_nce_global, (4, 8), (4, 8, 2)),
+    (mil_nce_local, (4, 8, 13), (4, 8, 4)), (mil_nce_local, (4, 8, 12), (3, 8, 4)), (mil_nce_local, (4, 8), (4, 8, 4)),
+    (mil_nce_local, (4, 8, 2), (4, 8, 4)), (mil_nce_local, (4, 8, 0), (4, 8, 4)), (mil_nce_global, (0, 8), (0, 8, 2, 2)),
+    (mil_nce_global, (4, 8), (4, 8, 0, 2))])
+def test_shapes_that_do_not_fit(loss, a, v):
+    with pytest.raises(InputError, match=r'\('):
+        loss(torch.zeros(a), torch.zeros(v))
