@@ -15,10 +15,10 @@ from torch.nn import functional as F
 
 from .attention import attention_map, attention_pool, mean_pool
 from .core import InputError
-from .encoders import audio_resnet18, video_resnet18
+from .encoders import SPATIAL_STAGES, audio_resnet18, stage_strides, video_resnet18
 from .losses import LossConfig, mil_nce_global, mil_nce_local
 
-# %% ../nbs/10_model.ipynb #003
+# %% ../nbs/10_model.ipynb #005
 @dataclass(frozen=True)
 class ModelConfig:
     "What the network is: the `model` section of params.yaml."
@@ -44,12 +44,19 @@ class ModelConfig:
         if self.mel_per_step % self.slices_per_step:
             raise InputError(f'model.mel_per_step {self.mel_per_step} is not divisible by model.slices_per_step '
                              f'{self.slices_per_step}: no audio encoder gives {self.slices_per_step} slices per step')
+        for name, stride in [('mel_per_step / model.slices_per_step', self.mel_per_step//self.slices_per_step),
+                             ('global_stride', self.global_stride), ('local_stride', self.local_stride)]:
+            stage_strides(stride, SPATIAL_STAGES, f'model.{name}')
+        if self.projection not in ('none', 'linear', 'mlp'):
+            raise InputError(f"model.projection should be 'none', 'linear' or 'mlp', not {self.projection!r}")
+        if self.pooling not in ('attention', 'mean'):
+            raise InputError(f"model.pooling should be 'attention' or 'mean', not {self.pooling!r}")
         if not self.attention_temperature > 0:
             raise InputError(f'model.attention_temperature {self.attention_temperature} should be above zero')
         if self.projection == 'none' and self.embedding != 8*self.width:
             raise InputError(f'without a projection model.embedding is 8 * model.width = {8*self.width}, not {self.embedding}')
 
-# %% ../nbs/10_model.ipynb #004
+# %% ../nbs/10_model.ipynb #009
 class Embeddings(NamedTuple):
     "What the model makes of a batch of clips."
     audio_global: torch.Tensor # (B, D)
@@ -58,20 +65,19 @@ class Embeddings(NamedTuple):
     audio_local: torch.Tensor | None # (B, D, T*M); None if the local pathway was left out
     video_local: torch.Tensor | None # (B, D, T); None if the local pathway was left out
 
-# %% ../nbs/10_model.ipynb #005
+# %% ../nbs/10_model.ipynb #010
 def projection_head(
-    kind: Literal['none', 'linear', 'mlp'],
+    kind: Literal['none', 'linear', 'mlp'], # nothing, one convolution of width 1, or two around a ReLU
     channels: int, # of the features
     embedding: int, # size D of the embeddings
 ) -> nn.Module: # maps (B, channels, positions) to (B, embedding, positions)
-    "A convolution of width 1 from features to embeddings (Section 3), or two around a ReLU, or nothing."
+    "From features to embeddings (Section 3), each position by itself."
     if kind == 'none': return nn.Identity()
-    if kind == 'linear': return nn.Conv1d(channels, embedding, 1)
-    if kind == 'mlp':
-        return nn.Sequential(nn.Conv1d(channels, channels, 1), nn.ReLU(inplace=True), nn.Conv1d(channels, embedding, 1))
-    raise InputError(f"model.projection should be 'none', 'linear' or 'mlp', not {kind!r}")
+    last = nn.Conv1d(channels, embedding, 1)
+    if kind == 'linear': return last
+    return nn.Sequential(nn.Conv1d(channels, channels, 1), nn.ReLU(inplace=True), last)
 
-# %% ../nbs/10_model.ipynb #006
+# %% ../nbs/10_model.ipynb #012
 KINETICS_MEAN = 0.43216, 0.394666, 0.37645 # of Kinetics-400's red, green and blue in 0..1
 KINETICS_STD = 0.22803, 0.22145, 0.216989
 
@@ -139,7 +145,7 @@ class GLCM(nn.Module):
         z = self.project[name](features.flatten(2)).unflatten(2, features.shape[2:])
         return F.normalize(z.float(), dim=1) if self.config.normalize else z
 
-# %% ../nbs/10_model.ipynb #007
+# %% ../nbs/10_model.ipynb #014
 def glcm_loss(
     embeddings: Embeddings, # of a batch of clips
     config: LossConfig, # how they are compared
@@ -147,7 +153,8 @@ def glcm_loss(
     "The loss that trains the model (Section 3): global (Eq. 1) and local (Eq. 2)."
     shared = dict(temperature=config.temperature, count_positives=config.count_positives)
     global_loss = mil_nce_global(embeddings.audio_global, embeddings.video_global, **shared)
-    if config.local_weight == 0: return dict(loss=global_loss, global_loss=global_loss, local_loss=torch.zeros_like(global_loss))
+    if config.local_weight == 0:
+        return dict(loss=global_loss, global_loss=global_loss, local_loss=torch.zeros_like(global_loss))
     slices, steps = embeddings.audio_local, embeddings.video_local
     if not config.mil: slices = slices.unflatten(2, (steps.shape[2], -1)).mean(-1)
     local_loss = mil_nce_local(slices, steps, block=config.block or None, **shared)

@@ -1,0 +1,211 @@
+"The model at the size of the paper, its presets and variants, and what each loss may train."
+from dataclasses import replace
+
+import pytest
+import torch
+
+from glcm.attention import attention_map, attention_pool, mean_pool
+from glcm.core import InputError
+from glcm.encoders import audio_resnet18, video_resnet18
+from glcm.losses import LossConfig
+from glcm.model import GLCM, ModelConfig, glcm_loss
+
+MINIATURE = ModelConfig(
+    width=4, embedding=16, bands=80, global_frames=4, slices_per_step=3, mel_per_step=12, grid=8, global_stride=8,
+    local_stride=16, projection='linear', pooling='attention', attention_temperature=0.07, detach_attention=False, normalize=True)
+LOSS = LossConfig(temperature=0.07, count_positives='once', local_weight=1., mil=True, block=0)
+LOCAL = {'local_encoder', 'video_local', 'audio_local'}
+GLOBAL = {'global_encoder', 'video_global', 'audio_global'}
+
+
+def clips(B=3, T=8, side=40, mel_per_step=12, seed=0):
+    "Random views of B clips."
+    generator = torch.Generator().manual_seed(seed)
+    video = torch.randint(0, 256, (B, 3, T, side, side), dtype=torch.uint8, generator=generator)
+    return video, torch.randn(B, 80, mel_per_step*T, generator=generator)
+
+
+def build(seed=0, **changes):
+    "A seeded miniature model."
+    torch.manual_seed(seed)
+    return GLCM(replace(MINIATURE, **changes))
+
+
+def trained_parts(model, loss):
+    "Names of the encoders and projections that the gradient of a loss arrives at."
+    model.zero_grad()
+    loss.backward()
+    names = [name for name, p in model.named_parameters() if p.grad is not None and p.grad.any()]
+    return {name.removeprefix('project.').split('.')[0] for name in names}
+
+
+def test_paper_size():
+    model = GLCM(ModelConfig(
+        width=64, embedding=128, bands=80, global_frames=8, slices_per_step=3, mel_per_step=12, grid=16, global_stride=8,
+        local_stride=32, projection='linear', pooling='attention', attention_temperature=0.07, detach_attention=False,
+        normalize=True)).eval()
+    count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
+    print(count)
+    assert count == dict(global_encoder=33_203_904, local_encoder=33_203_904, audio_encoder=3_879_296, project=4*(512 + 1)*128)
+    with torch.no_grad(): z = model(*clips(B=1, T=32, side=112))
+    assert {name: tuple(value.shape) for name, value in z._asdict().items()} == dict(
+        audio_global=(1, 128), video_global=(1, 128, 16, 16), attention=(1, 16, 16), audio_local=(1, 128, 96), video_local=(1, 128, 32))
+
+
+@pytest.mark.parametrize('temporal', [1, 2, 4, 8, 16])
+@pytest.mark.parametrize('spatial', [1, 2, 4, 8, 16, 32])
+def test_video_strides(temporal, spatial):
+    with torch.device('meta'):
+        out = video_resnet18(width=2, temporal_stride=temporal, spatial_stride=spatial)(torch.empty(2, 3, 16, 64, 96))
+    assert out.shape == (2, 16, 16//temporal, 64//spatial, 96//spatial)
+
+
+@pytest.mark.parametrize('stride', [1, 2, 4, 8, 16, 32])
+def test_audio_strides(stride):
+    encoder = audio_resnet18(width=2, bands=7, temporal_stride=stride)
+    for slices in (1, 2, 5, 24): assert encoder.eval()(torch.zeros(1, 7, slices*stride)).shape == (1, encoder.channels, slices)
+
+
+@pytest.mark.parametrize('config, loss', [
+    (dict(), dict()), # default
+    (dict(normalize=False, attention_temperature=1.), dict(temperature=1.)), # paper
+    (dict(normalize=False, attention_temperature=1., global_frames=2, global_stride=32, grid=0),
+     dict(temperature=1., count_positives='twice')), # released
+    (dict(projection='mlp'), dict(block=5)), (dict(projection='none', embedding=32), dict())])
+def test_presets_and_projections_learn(config, loss):
+    "Some steps of Adam on three clips lower the loss."
+    model, views, loss = build(**config), clips(), replace(LOSS, **loss)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    history = []
+    for _ in range(8):
+        value = glcm_loss(model(*views), loss)['loss']
+        optimizer.zero_grad()
+        value.backward()
+        optimizer.step()
+        history.append(float(value.detach()))
+    assert history[-1] < 0.8*history[0]
+
+
+def test_loss_is_the_weighted_sum():
+    z = build()(*clips())
+    losses = glcm_loss(z, replace(LOSS, local_weight=0.3))
+    assert set(losses) == {'loss', 'global_loss', 'local_loss'}
+    torch.testing.assert_close(losses['loss'], losses['global_loss'] + 0.3*losses['local_loss'])
+
+
+def test_glcm_trains_everything():
+    model = build()
+    losses = glcm_loss(model(*clips()), LOSS)
+    assert trained_parts(model, losses['loss']) == LOCAL | GLOBAL | {'audio_encoder'}
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_no_local_leaves_the_local_pathway_alone():
+    model = build()
+    for local in (True, False):
+        losses = glcm_loss(model(*clips(), local=local), replace(LOSS, local_weight=0.))
+        assert trained_parts(model, losses['loss']) == GLOBAL | {'audio_encoder'}
+        assert losses['loss'] == losses['global_loss'] and losses['local_loss'] == 0
+
+
+@pytest.mark.parametrize('change, parts', [
+    (dict(), LOCAL | GLOBAL | {'audio_encoder'}),
+    (dict(detach_attention=True), LOCAL | {'audio_encoder'}),
+    (dict(pooling='mean'), LOCAL | {'audio_encoder'})])
+def test_what_the_local_loss_trains(change, parts):
+    model = build(**change)
+    assert trained_parts(model, glcm_loss(model(*clips()), LOSS)['local_loss']) == parts
+
+
+def test_no_mil_averages_the_slices():
+    z = build()(*clips())
+    averaged = z._replace(audio_local=z.audio_local.unflatten(2, (8, 3)).mean(-1))
+    without, expected = glcm_loss(z, replace(LOSS, mil=False)), glcm_loss(averaged, LOSS)
+    torch.testing.assert_close(without['local_loss'], expected['local_loss'])
+    assert without['global_loss'] == glcm_loss(z, LOSS)['global_loss']
+    assert without['local_loss'] != glcm_loss(z, LOSS)['local_loss']
+
+
+def test_global_view_is_every_few_frames_of_the_local_view():
+    model, (video, audio) = build().eval(), clips()
+    other = video.clone()
+    other[:, :, [1, 3, 5, 7]] = 255 - other[:, :, [1, 3, 5, 7]]
+    with torch.no_grad(): a, b = model(video, audio), model(other, audio)
+    assert torch.equal(a.video_global, b.video_global) and torch.equal(a.attention, b.attention)
+    assert not torch.equal(a.video_local, b.video_local)
+
+
+def test_frames_are_normalised():
+    seen = {}
+    model = build()
+    model.local_encoder.register_forward_pre_hook(lambda module, args: seen.update(frames=args[0]))
+    video, audio = clips()
+    video[:, 0], video[:, 1], video[:, 2] = 0, 255, 128
+    model(video, audio)
+    expected = torch.tensor([(0 - .43216)/.22803, (1 - .394666)/.22145, (128/255 - .37645)/.216989])
+    torch.testing.assert_close(seen['frames'].mean((0, 2, 3, 4)), expected)
+
+
+@pytest.mark.parametrize('height, width', [(32, 32), (33, 50), (57, 112)])
+@pytest.mark.parametrize('grid', [0, 16])
+def test_any_frame_size(height, width, grid):
+    model, (_, audio) = build(grid=grid).eval(), clips()
+    z = model(torch.zeros(3, 3, 8, height, width, dtype=torch.uint8), audio)
+    side = (grid, grid) if grid else (-(-height//8), -(-width//8))
+    assert z.attention.shape[1:] == z.video_global.shape[2:] == side
+    torch.testing.assert_close(z.attention.sum((1, 2)), torch.ones(3))
+
+
+@pytest.mark.parametrize('channels_last', [False, True])
+def test_bfloat16_autocast(channels_last):
+    model, views = build().eval(), clips()
+    with torch.no_grad():
+        expected = model(*views)
+        if channels_last: model = model.to(memory_format=torch.channels_last_3d)
+        with torch.autocast('cpu', dtype=torch.bfloat16): found = model(*views)
+    for a, b in zip(found, expected):
+        assert a.dtype == torch.float32
+        torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
+
+
+def test_same_seed_same_model():
+    z, again = build()(*clips()), build()(*clips())
+    assert all(torch.equal(a, b) for a, b in zip(z, again))
+    state = build().state_dict()
+    other = build(seed=1)
+    other.load_state_dict(state)
+    assert torch.equal(other.eval()(*clips()).video_local, build().eval()(*clips()).video_local)
+
+
+def test_uniform_attention_is_mean_pooling():
+    features = torch.randn(2, 5, 3, 4, 7)
+    for size in [(4, 7), (1, 1), (16, 16), (3, 5), (14, 14)]:
+        torch.testing.assert_close(attention_pool(features, torch.ones(2, *size)), mean_pool(features))
+
+
+def test_attention_equals_loops():
+    z_a, z_v = torch.randn(2, 3, dtype=torch.double), torch.randn(2, 3, 2, 4, dtype=torch.double)
+    A = attention_map(z_a, z_v, temperature=0.5)
+    for b in range(2):
+        weights = torch.tensor([[float(z_a[b] @ z_v[b, :, i, j])/0.5 for j in range(4)] for i in range(2)], dtype=torch.double).exp()
+        torch.testing.assert_close(A[b], weights/weights.sum())
+
+
+VIDEO, AUDIO = clips()
+
+@pytest.mark.parametrize('video, audio, message', [
+    (VIDEO.float()/255, AUDIO, 'uint8'), (VIDEO[0], AUDIO, 'uint8'), (VIDEO[:, :1], AUDIO, 'uint8'),
+    (VIDEO[:, :, :6], AUDIO, '4 frames .* 6 frames'), (VIDEO[:, :, :2], AUDIO, '4 frames .* 2 frames'), (VIDEO[:, :, :0], AUDIO, '0 frames'),
+    (VIDEO[..., :31], AUDIO, '40x31'), (VIDEO, AUDIO[..., :-1], '96 mel frames, not 95'), (VIDEO[:, :, :4], AUDIO, '48 mel frames, not 96'),
+    (VIDEO, AUDIO[:2], r'\(3, 80, N\)'), (VIDEO, AUDIO[:, :64], r'\(3, 80, N\)')])
+def test_views_that_do_not_fit_together(video, audio, message):
+    with pytest.raises(InputError, match=message): build()(video, audio)
+
+
+@pytest.mark.parametrize('change, message', [
+    (dict(slices_per_step=5), '12 is not divisible'), (dict(slices_per_step=4), 'impossible'), (dict(mel_per_step=9), 'impossible'),
+    (dict(global_stride=64), 'global_stride 64'), (dict(local_stride=3), 'local_stride 3'), (dict(embedding=0), 'embedding 0'),
+    (dict(pooling='max'), 'max'), (dict(projection='deep'), 'deep'), (dict(attention_temperature=-1.), 'attention_temperature'),
+    (dict(projection='none'), '32, not 16'), (dict(grid=-1), 'grid')])
+def test_impossible_models(change, message):
+    with pytest.raises(InputError, match=message): replace(MINIATURE, **change)
