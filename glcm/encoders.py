@@ -42,7 +42,7 @@ class BasicBlock(nn.Module):
         return self.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
 
 # %% ../nbs/07_encoders.ipynb #007
-SPATIAL_STAGES = 'conv1', 'pool', 'layer2', 'layer3', 'layer4' # where the frame's sides or a signal's length halve
+SPATIAL_STAGES = 'conv1', 'pool', 'layer2', 'layer3', 'layer4' # where a frame's sides or a signal halve
 TEMPORAL_STAGES = SPATIAL_STAGES[1:] # where the number of frames halves
 
 def stage_strides(
@@ -50,7 +50,7 @@ def stage_strides(
     stages: tuple, # names of the stages that may halve the resolution, front first
     what: str, # what is being divided, for the error message
 ) -> dict: # stage -> 1 or 2
-    "The first log2(total) of `stages` get stride 2; raises `InputError` if there are not so many or it is no power of two."
+    "The first log2(total) of `stages` get stride 2; raises `InputError` for an impossible total."
     possible = [2**k for k in range(len(stages) + 1)]
     if total not in possible:
         raise InputError(f'{what} {total} is impossible: choose one of {", ".join(map(str, possible))}')
@@ -67,7 +67,7 @@ class ResNet18(nn.Module):
         strides: dict, # stage -> one stride per dimension
     ):
         super().__init__()
-        if width < 1: raise InputError(f'an encoder of width {width} is impossible: choose 1 or more, 64 for the paper')
+        if width < 1: raise InputError(f'an encoder of width {width} is impossible: choose 1 or more')
         self.channels = 8*width # channels out
         self.conv1 = CONV[dims](inputs, width, 7, strides['conv1'], padding=3, bias=False)
         self.bn1 = NORM[dims](width)
@@ -79,7 +79,8 @@ class ResNet18(nn.Module):
                 BasicBlock(dims, sizes[k], sizes[k+1], strides.get(stage, (1,)*dims)),
                 BasicBlock(dims, sizes[k+1], sizes[k+1], (1,)*dims)))
         for module in self.modules():
-            if isinstance(module, CONV[dims]): nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+            if isinstance(module, CONV[dims]):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
 
     def forward(self, x):
         x = self.pool(self.relu(self.bn1(self.conv1(x))))
@@ -90,8 +91,8 @@ def video_resnet18(
     width: int = 64, # channels of the first layer; 64 in the paper
     temporal_stride: int = 16, # frames per output step: 1, 2, 4, 8 or 16
     spatial_stride: int = 32, # pixels per output cell: 1, 2, 4, 8, 16 or 32
-) -> ResNet18: # maps (B, 3, T, H, W) to (B, 8 * width, T / temporal_stride, H / spatial_stride, W / spatial_stride)
-    "3D-ResNet-18 (Hara et al.) over frames (Section 4); raises `InputError` for an impossible stride or width."
+) -> ResNet18: # (B, 3, T, H, W) to (B, 8 * width, T', H', W'), each length divided by its stride, rounded up
+    "3D-ResNet-18 (Hara et al.) over frames (Section 4); raises `InputError` for impossible strides."
     space = stage_strides(spatial_stride, SPATIAL_STAGES, 'spatial stride')
     time = stage_strides(temporal_stride, TEMPORAL_STAGES, 'temporal stride')
     return ResNet18(3, 3, width, {stage: (time.get(stage, 1), space[stage], space[stage]) for stage in space})
@@ -101,7 +102,7 @@ def audio_resnet18(
     width: int = 64, # channels of the first layer; 64 in the paper
     bands: int = 80, # mel bands, the channels of the signal
     temporal_stride: int = 4, # mel frames per audio slice: 1, 2, 4, 8, 16 or 32
-) -> ResNet18: # maps (B, bands, N) to (B, 8 * width, N / temporal_stride)
-    "1D-ResNet-18 over a log-mel spectrogram (Section 4); raises `InputError` for an impossible stride or width."
+) -> ResNet18: # (B, bands, N) to (B, 8 * width, N / temporal_stride)
+    "1D-ResNet-18 over a log-mel spectrogram (Section 4); raises `InputError` for impossible strides."
     time = stage_strides(temporal_stride, SPATIAL_STAGES, 'temporal stride of the audio encoder')
     return ResNet18(1, bands, width, {stage: (stride,) for stage, stride in time.items()})
