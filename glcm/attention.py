@@ -17,9 +17,10 @@ def attention_map(
     z_v: torch.Tensor, # (B, D, H, W) global visual embeddings, one per cell of the grid
     temperature: float = 0.07, # divides the scores, > 0; 1 for raw dot products
 ) -> torch.Tensor: # (B, H, W), at least float32; each map sums to one
-    "Softmax over the grid of the scores between a clip's sound and its cells (Section 3.3); raises `InputError`."
+    "Softmax over a clip's cells of their scores with its sound (Section 3.3); raises `InputError`."
     if z_v.ndim != 4 or z_a.shape != z_v.shape[:2]:
-        raise InputError(f'attention needs z_a (B, D) and z_v (B, D, H, W), not {tuple(z_a.shape)} and {tuple(z_v.shape)}')
+        raise InputError('attention needs z_a (B, D) and z_v (B, D, H, W), '
+                         f'not {tuple(z_a.shape)} and {tuple(z_v.shape)}')
     if not temperature > 0: raise InputError(f'attention temperature {temperature} should be above zero')
     precision = torch.promote_types(z_v.dtype, torch.float32)
     with torch.autocast(z_v.device.type, enabled=False):
@@ -31,7 +32,7 @@ def attention_pool(
     features: torch.Tensor, # (B, C, T, h, w) local visual features
     attention: torch.Tensor, # (B, H, W) weights, not negative; H W need not be h w
 ) -> torch.Tensor: # (B, C, T)
-    "Average over each frame, weighted by the attention resampled to the features' grid (Section 3.3); raises `InputError`."
+    "Average over each frame, weighted by the attention (Section 3.3); raises `InputError` for bad shapes."
     if features.ndim != 5 or attention.ndim != 3 or len(features) != len(attention):
         raise InputError('pooling needs features (B, C, T, h, w) and attention (B, H, W), '
                          f'not {tuple(features.shape)} and {tuple(attention.shape)}')
@@ -52,4 +53,4 @@ def attention_to_frame(
 ) -> torch.Tensor: # (B, height, width)
     "The map as an overlay for the frame: softmax again, then bilinear to the frame's size."
     again = attention.flatten(1).softmax(1).view_as(attention)
-    return F.interpolate(again.unsqueeze(1), size=tuple(size), mode='bilinear', align_corners=False).squeeze(1)
+    return F.interpolate(again.unsqueeze(1), tuple(size), mode='bilinear', align_corners=False).squeeze(1)
