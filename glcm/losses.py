@@ -15,7 +15,7 @@ from .core import InputError
 
 # %% ../nbs/09_losses.ipynb #009
 def _scores(anchors, groups, rows):
-    "Scores (rows, g, n) of the anchors numbered `rows` against all candidates; groups run last, where they vectorize."
+    "Scores (rows, g, n) of the anchors numbered `rows`; groups run last, where sums over g vectorize."
     return (anchors[rows] @ groups.flatten(0, 1).T).view(len(rows), *groups.shape[:2])
 
 class _StreamedMilNce(torch.autograd.Function):
@@ -58,22 +58,23 @@ def _slope(scores, rows, own, loss, count):
     lower = torch.minimum(total[rows, None], total) # one exponential for both directions, and none above one
     weight = (lower - total[rows, None]).exp() + (lower - total).exp()
     scores.sub_(lower.unsqueeze(1)).exp_().mul_(weight.unsqueeze(1))
-    scores[rows - rows[0], :, rows] = (positives - own[rows, None]).exp()*(count*(-loss[rows, None]).exp() - 1)
+    share = (positives - own[rows, None]).exp()
+    scores[rows - rows[0], :, rows] = share*(count*(-loss[rows, None]).exp() - 1)
     return scores
 
 # %% ../nbs/09_losses.ipynb #011
 COUNTS = {'once': 1, 'twice': 2}
 
 def _default_block(candidates: int, device: torch.device) -> int:
-    "Anchors per block such that its scores take 4 MB on a CPU, whose cache they then fit, and 64 MB elsewhere."
-    return max(1, (2**20 if device.type == 'cpu' else 2**24)//candidates)
+    "Anchors per block: 2 MB of scores on a CPU, to stay in its cache, 64 MB elsewhere; 32 at least."
+    return max(32, (2**19 if device.type == 'cpu' else 2**24)//candidates)
 
 def _mil_nce(anchors, groups, temperature, count_positives, block):
     "MIL-NCE of anchors (n, D) against groups (g, n, D), in float32 or better."
     if not temperature > 0: raise InputError(f'loss temperature {temperature} should be above zero')
     if count_positives not in COUNTS:
         raise InputError(f"count_positives should be 'once' or 'twice', not {count_positives!r}")
-    if block is not None and block < 1: raise InputError(f'a block of {block} anchors is impossible: choose 1 or more')
+    if block is not None and block < 1: raise InputError(f'a block of {block} anchors should be 1 or more')
     precision = torch.promote_types(torch.promote_types(anchors.dtype, groups.dtype), torch.float32)
     block = block or _default_block(groups.shape[:2].numel(), anchors.device)
     with torch.autocast(anchors.device.type, enabled=False):
@@ -87,9 +88,10 @@ def mil_nce_global(
     temperature: float = 0.07, # divides the scores, > 0; 1 for raw dot products
     count_positives: Literal['once', 'twice'] = 'once', # how often the positives stand in the denominator
 ) -> torch.Tensor: # scalar, mean over clips, at least float32
-    "Global MIL-NCE (Eq. 1): a clip's sound against the cells of its own frame; raises `InputError` for shapes that do not fit."
+    "Global MIL-NCE (Eq. 1): a clip's sound against its cells; raises `InputError` for bad shapes."
     if z_v.ndim != 4 or z_a.shape != z_v.shape[:2] or not z_v.numel():
-        raise InputError(f'the global loss needs z_a (B, D) and z_v (B, D, H, W), not {tuple(z_a.shape)} and {tuple(z_v.shape)}')
+        raise InputError('the global loss needs z_a (B, D) and z_v (B, D, H, W), '
+                         f'not {tuple(z_a.shape)} and {tuple(z_v.shape)}')
     return _mil_nce(z_a, z_v.flatten(2).permute(2, 0, 1), temperature, count_positives, None)
 
 # %% ../nbs/09_losses.ipynb #013
@@ -100,7 +102,7 @@ def mil_nce_local(
     count_positives: Literal['once', 'twice'] = 'once', # how often the positives stand in the denominator
     block: int | None = None, # anchors whose scores are in memory at once; default: a few MB of them
 ) -> torch.Tensor: # scalar, mean over clips and steps, at least float32
-    "Local MIL-NCE (Eq. 2): a visual step against the audio slices of its own time; raises `InputError` for shapes that do not fit."
+    "Local MIL-NCE (Eq. 2): a visual step against its audio slices; raises `InputError` for bad shapes."
     if (z_a.ndim != 3 or z_v.ndim != 3 or z_a.shape[:2] != z_v.shape[:2] or not z_a.numel() or not z_v.numel()
             or z_a.shape[2] % z_v.shape[2]):
         raise InputError('the local loss needs z_a (B, D, T*M) and z_v (B, D, T), M whole, '
@@ -119,8 +121,10 @@ class LossConfig:
     block: int # anchors of the local loss in memory at once; 0: a few MB of them
 
     def __post_init__(self):
-        if not self.temperature > 0: raise InputError(f'loss.temperature {self.temperature} should be above zero')
+        if not self.temperature > 0:
+            raise InputError(f'loss.temperature {self.temperature} should be above zero')
         if self.count_positives not in COUNTS:
-            raise InputError(f"loss.count_positives should be 'once' or 'twice', not {self.count_positives!r}")
-        if not self.local_weight >= 0: raise InputError(f'loss.local_weight {self.local_weight} should be zero or more')
+            raise InputError(f"loss.count_positives is 'once' or 'twice', not {self.count_positives!r}")
+        if not self.local_weight >= 0:
+            raise InputError(f'loss.local_weight {self.local_weight} should be zero or more')
         if self.block < 0: raise InputError(f'loss.block {self.block} should be zero (automatic) or more')
