@@ -39,14 +39,16 @@ class ModelConfig:
 
     def __post_init__(self):
         for name in ('width', 'embedding', 'bands', 'global_frames', 'slices_per_step', 'mel_per_step'):
-            if getattr(self, name) < 1: raise InputError(f'model.{name} {getattr(self, name)} should be 1 or more')
+            value = getattr(self, name)
+            if value < 1: raise InputError(f'model.{name} {value} should be 1 or more')
         if self.grid < 0: raise InputError(f'model.grid {self.grid} should be 0 (no resampling) or more')
         if self.mel_per_step % self.slices_per_step:
-            raise InputError(f'model.mel_per_step {self.mel_per_step} is not divisible by model.slices_per_step '
-                             f'{self.slices_per_step}: no audio encoder gives {self.slices_per_step} slices per step')
-        for name, stride in [('mel_per_step / model.slices_per_step', self.mel_per_step//self.slices_per_step),
-                             ('global_stride', self.global_stride), ('local_stride', self.local_stride)]:
-            stage_strides(stride, SPATIAL_STAGES, f'model.{name}')
+            raise InputError(f'model.mel_per_step {self.mel_per_step} is not divisible by '
+                             f'model.slices_per_step {self.slices_per_step}')
+        slice_length = self.mel_per_step//self.slices_per_step
+        stage_strides(slice_length, SPATIAL_STAGES, 'model.mel_per_step / model.slices_per_step =')
+        stage_strides(self.global_stride, SPATIAL_STAGES, 'model.global_stride')
+        stage_strides(self.local_stride, SPATIAL_STAGES, 'model.local_stride')
         if self.projection not in ('none', 'linear', 'mlp'):
             raise InputError(f"model.projection should be 'none', 'linear' or 'mlp', not {self.projection!r}")
         if self.pooling not in ('attention', 'mean'):
@@ -54,7 +56,8 @@ class ModelConfig:
         if not self.attention_temperature > 0:
             raise InputError(f'model.attention_temperature {self.attention_temperature} should be above zero')
         if self.projection == 'none' and self.embedding != 8*self.width:
-            raise InputError(f'without a projection model.embedding is 8 * model.width = {8*self.width}, not {self.embedding}')
+            raise InputError(f'without projection model.embedding is 8 * model.width = {8*self.width}, '
+                             f'not {self.embedding}')
 
 # %% ../nbs/10_model.ipynb #009
 class Embeddings(NamedTuple):
@@ -120,12 +123,13 @@ class GLCM(nn.Module):
         if audio.ndim != 3 or audio.shape[1] != c.bands or len(audio) != len(video):
             raise InputError(f'audio should be ({len(video)}, {c.bands}, N), not {tuple(audio.shape)}')
         steps, height, width = video.shape[2:]
-        if min(height, width) < 32: raise InputError(f'frames of {height}x{width} are too small: 32x32 is the least')
+        if min(height, width) < 32:
+            raise InputError(f'frames of {height}x{width} are too small: 32x32 is the least')
         if steps % c.global_frames:
-            raise InputError(f'{c.global_frames} frames of the global view cannot be spread evenly over {steps} frames')
+            raise InputError(f'{c.global_frames} frames of the global view do not spread evenly over {steps}')
         if audio.shape[2] != c.mel_per_step*steps:
-            raise InputError(f'{steps} frames need {c.mel_per_step} * {steps} = {c.mel_per_step*steps} mel frames, '
-                             f'not {audio.shape[2]}')
+            raise InputError(f'{steps} frames need {c.mel_per_step} * {steps} = {c.mel_per_step*steps} '
+                             f'mel frames, not {audio.shape[2]}')
 
     def global_features(self, frames):
         "(B, C, H, W): every few frames, encoded, averaged over time and resampled to the grid (Section 3.1)."
@@ -141,7 +145,7 @@ class GLCM(nn.Module):
         return attention_pool(features, attention.detach() if self.config.detach_attention else attention)
 
     def embed(self, name, features):
-        "Features (B, C, ...) to embeddings (B, D, ...) by the projection of that name, of length 1 if so configured."
+        "Features (B, C, ...) to embeddings (B, D, ...) by the projection of that name."
         z = self.project[name](features.flatten(2)).unflatten(2, features.shape[2:])
         return F.normalize(z.float(), dim=1) if self.config.normalize else z
 
@@ -158,4 +162,5 @@ def glcm_loss(
     slices, steps = embeddings.audio_local, embeddings.video_local
     if not config.mil: slices = slices.unflatten(2, (steps.shape[2], -1)).mean(-1)
     local_loss = mil_nce_local(slices, steps, block=config.block or None, **shared)
-    return dict(loss=global_loss + config.local_weight*local_loss, global_loss=global_loss, local_loss=local_loss)
+    loss = global_loss + config.local_weight*local_loss
+    return dict(loss=loss, global_loss=global_loss, local_loss=local_loss)

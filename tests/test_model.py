@@ -11,8 +11,9 @@ from glcm.losses import LossConfig
 from glcm.model import GLCM, ModelConfig, glcm_loss
 
 MINIATURE = ModelConfig(
-    width=4, embedding=16, bands=80, global_frames=4, slices_per_step=3, mel_per_step=12, grid=8, global_stride=8,
-    local_stride=16, projection='linear', pooling='attention', attention_temperature=0.07, detach_attention=False, normalize=True)
+    width=4, embedding=16, bands=80, global_frames=4, slices_per_step=3, mel_per_step=12, grid=8,
+    global_stride=8, local_stride=16, projection='linear', pooling='attention', attention_temperature=0.07,
+    detach_attention=False, normalize=True)
 LOSS = LossConfig(temperature=0.07, count_positives='once', local_weight=1., mil=True, block=0)
 LOCAL = {'local_encoder', 'video_local', 'audio_local'}
 GLOBAL = {'global_encoder', 'video_global', 'audio_global'}
@@ -40,30 +41,31 @@ def trained_parts(model, loss):
 
 
 def test_paper_size():
-    model = GLCM(ModelConfig(
-        width=64, embedding=128, bands=80, global_frames=8, slices_per_step=3, mel_per_step=12, grid=16, global_stride=8,
-        local_stride=32, projection='linear', pooling='attention', attention_temperature=0.07, detach_attention=False,
-        normalize=True)).eval()
+    model = build(width=64, embedding=128, global_frames=8, grid=16, local_stride=32).eval()
     count = {name: sum(p.numel() for p in part.parameters()) for name, part in model.named_children()}
     print(count)
-    assert count == dict(global_encoder=33_203_904, local_encoder=33_203_904, audio_encoder=3_879_296, project=4*(512 + 1)*128)
+    assert count == dict(
+        global_encoder=33_203_904, local_encoder=33_203_904, audio_encoder=3_879_296, project=4*(512 + 1)*128)
     with torch.no_grad(): z = model(*clips(B=1, T=32, side=112))
     assert {name: tuple(value.shape) for name, value in z._asdict().items()} == dict(
-        audio_global=(1, 128), video_global=(1, 128, 16, 16), attention=(1, 16, 16), audio_local=(1, 128, 96), video_local=(1, 128, 32))
+        audio_global=(1, 128), video_global=(1, 128, 16, 16), attention=(1, 16, 16),
+        audio_local=(1, 128, 96), video_local=(1, 128, 32))
 
 
 @pytest.mark.parametrize('temporal', [1, 2, 4, 8, 16])
 @pytest.mark.parametrize('spatial', [1, 2, 4, 8, 16, 32])
 def test_video_strides(temporal, spatial):
     with torch.device('meta'):
-        out = video_resnet18(width=2, temporal_stride=temporal, spatial_stride=spatial)(torch.empty(2, 3, 16, 64, 96))
+        encoder = video_resnet18(width=2, temporal_stride=temporal, spatial_stride=spatial)
+        out = encoder(torch.empty(2, 3, 16, 64, 96))
     assert out.shape == (2, 16, 16//temporal, 64//spatial, 96//spatial)
 
 
 @pytest.mark.parametrize('stride', [1, 2, 4, 8, 16, 32])
 def test_audio_strides(stride):
     encoder = audio_resnet18(width=2, bands=7, temporal_stride=stride)
-    for slices in (1, 2, 5, 24): assert encoder.eval()(torch.zeros(1, 7, slices*stride)).shape == (1, encoder.channels, slices)
+    for slices in (1, 2, 5, 24):
+        assert encoder.eval()(torch.zeros(1, 7, slices*stride)).shape == (1, encoder.channels, slices)
 
 
 @pytest.mark.parametrize('config, loss', [
@@ -187,7 +189,8 @@ def test_attention_equals_loops():
     z_a, z_v = torch.randn(2, 3, dtype=torch.double), torch.randn(2, 3, 2, 4, dtype=torch.double)
     A = attention_map(z_a, z_v, temperature=0.5)
     for b in range(2):
-        weights = torch.tensor([[float(z_a[b] @ z_v[b, :, i, j])/0.5 for j in range(4)] for i in range(2)], dtype=torch.double).exp()
+        scores = [[float(z_a[b] @ z_v[b, :, i, j])/0.5 for j in range(4)] for i in range(2)]
+        weights = torch.tensor(scores, dtype=torch.double).exp()
         torch.testing.assert_close(A[b], weights/weights.sum())
 
 
@@ -195,17 +198,19 @@ VIDEO, AUDIO = clips()
 
 @pytest.mark.parametrize('video, audio, message', [
     (VIDEO.float()/255, AUDIO, 'uint8'), (VIDEO[0], AUDIO, 'uint8'), (VIDEO[:, :1], AUDIO, 'uint8'),
-    (VIDEO[:, :, :6], AUDIO, '4 frames .* 6 frames'), (VIDEO[:, :, :2], AUDIO, '4 frames .* 2 frames'), (VIDEO[:, :, :0], AUDIO, '0 frames'),
-    (VIDEO[..., :31], AUDIO, '40x31'), (VIDEO, AUDIO[..., :-1], '96 mel frames, not 95'), (VIDEO[:, :, :4], AUDIO, '48 mel frames, not 96'),
+    (VIDEO[:, :, :6], AUDIO, '4 frames .* over 6'), (VIDEO[:, :, :2], AUDIO, '4 frames .* over 2'),
+    (VIDEO[:, :, :0], AUDIO, '0 frames'), (VIDEO[..., :31], AUDIO, '40x31'),
+    (VIDEO, AUDIO[..., :-1], '96 mel frames, not 95'), (VIDEO[:, :, :4], AUDIO, '48 mel frames, not 96'),
     (VIDEO, AUDIO[:2], r'\(3, 80, N\)'), (VIDEO, AUDIO[:, :64], r'\(3, 80, N\)')])
 def test_views_that_do_not_fit_together(video, audio, message):
     with pytest.raises(InputError, match=message): build()(video, audio)
 
 
 @pytest.mark.parametrize('change, message', [
-    (dict(slices_per_step=5), '12 is not divisible'), (dict(slices_per_step=4), 'impossible'), (dict(mel_per_step=9), 'impossible'),
-    (dict(global_stride=64), 'global_stride 64'), (dict(local_stride=3), 'local_stride 3'), (dict(embedding=0), 'embedding 0'),
-    (dict(pooling='max'), 'max'), (dict(projection='deep'), 'deep'), (dict(attention_temperature=-1.), 'attention_temperature'),
-    (dict(projection='none'), '32, not 16'), (dict(grid=-1), 'grid')])
+    (dict(slices_per_step=5), '12 is not divisible'), (dict(slices_per_step=4), '= 3 is impossible'),
+    (dict(mel_per_step=9), '= 3 is impossible'), (dict(global_stride=64), 'global_stride 64'),
+    (dict(local_stride=3), 'local_stride 3'), (dict(embedding=0), 'embedding 0'), (dict(grid=-1), 'grid'),
+    (dict(pooling='max'), 'max'), (dict(projection='deep'), 'deep'), (dict(projection='none'), '32, not 16'),
+    (dict(attention_temperature=-1.), 'attention_temperature')])
 def test_impossible_models(change, message):
     with pytest.raises(InputError, match=message): replace(MINIATURE, **change)
