@@ -1,6 +1,7 @@
 # Each target sets the environment up first; that is quick when nothing changed.
 #   make repro    the whole pipeline, from the sample data (or your own in data/) to results/
 #   make test     every notebook as a test, then pytest
+#   make seeds    the seeds study: the default run with seeds 0, 1 and 2, into results/seeds and the README
 #   make slow     the notebook cells and tests that take minutes
 #   make lab      JupyterLab on the repository
 #   make lock     remake requirements.lock.txt after a change in settings.ini (UPGRADE=--upgrade takes newer versions)
@@ -15,7 +16,7 @@ UNPACKING := .dvc/tmp/unpacking
 # Stages start papermill, and notebooks start python, by name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help repro test slow lab lock sample data-present
+.PHONY: help repro seeds test slow lab lock sample data-present
 .DELETE_ON_ERROR:
 
 help:
@@ -23,6 +24,12 @@ help:
 
 repro: $(READY) data-present
 	@$(BIN)/dvc repro
+
+# The study has its own folder under results/; afterwards params.yaml is as it was.
+seeds: $(READY) data-present
+	@cp params.yaml .dvc/tmp/params.yaml
+	@trap 'mv .dvc/tmp/params.yaml params.yaml' EXIT INT TERM; \
+	    $(BIN)/dvc exp run --set-param study=seeds --set-param 'grid.seeds=[0,1,2]'
 
 test: $(READY) data-present
 	@$(BIN)/nbdev_test --n_workers 2 --do_print --timing

@@ -68,6 +68,21 @@ class Embeddings(NamedTuple):
     audio_local: torch.Tensor | None # (B, D, T*M); None if the local pathway was left out
     video_local: torch.Tensor | None # (B, D, T); None if the local pathway was left out
 
+    def overlap(
+        self,
+        shift: torch.Tensor, # (B,) steps by which each clip's sound was cut later than its picture, -longest..longest
+        longest: int, # largest shift there can be
+    ) -> 'Embeddings': # the same, with T - longest steps
+        "The steps that the picture and the sound of each clip have in common, so that step t is the same moment in both."
+        if longest == 0 or self.video_local is None: return self
+        steps = torch.arange(self.video_local.shape[2] - longest, device=shift.device)
+        windows = self.audio_local.unflatten(2, (self.video_local.shape[2], -1))
+        seen, heard = (steps + start.clamp(min=0).unsqueeze(1) for start in (shift, -shift))
+        clips = torch.arange(len(shift), device=shift.device).unsqueeze(1)
+        video = self.video_local.transpose(1, 2)[clips, seen].transpose(1, 2)
+        audio = windows.permute(0, 2, 3, 1)[clips, heard].flatten(1, 2).transpose(1, 2)
+        return self._replace(audio_local=audio, video_local=video)
+
 # %% ../nbs/10_model.ipynb #010
 def projection_head(
     kind: Literal['none', 'linear', 'mlp'], # nothing, one convolution of width 1, or two around a ReLU

@@ -382,8 +382,8 @@ class Toy:
 def place(rng, count, width, height):
     "Radii and centres of toys that stand apart even at full swell; frame sides in units of the short one."
     while True:
-        top = {2: 0.2, 3: 0.17, 4: 0.15}[count]
-        radii = rng.uniform(0.13, top, count)
+        top = {2: 0.22, 3: 0.19}[count]
+        radii = rng.uniform(0.15, top, count)
         margin = radii[:, None] * 1.15 + 0.03
         spots = rng.uniform(margin, np.array([width, height]) - margin)
         apart = np.linalg.norm(spots[:, None] - spots[None], axis=-1) - 1.25 * (radii[:, None] + radii[None])
@@ -428,7 +428,7 @@ def boxes(masks: np.ndarray):
 def compose(rng: np.random.Generator):
     "Choose a scene: width and height in pixels, the toys, and the number of the one that will be heard."
     width, height = SIZES[rng.choice(3, p=(0.5, 0.3, 0.2))]
-    side, count = min(width, height), rng.choice([2, 3, 4], p=(0.2, 0.65, 0.15))
+    side, count = min(width, height), rng.choice([2, 3], p=(0.5, 0.5))
     radii, spots = place(rng, count, width / side, height / side)
     kinds = rng.permutation(TOYS)[:count]
     toys = [toy(rng, str(kind), x, y, r) for kind, (x, y), r in zip(kinds, spots, radii)]

@@ -78,7 +78,7 @@ def _decoded(
 ):
     "Yield the decoded frames of the wanted streams; raises `Rejection` for a missing stream or any decoding error."
     try:
-        with av.open(str(path)) as container:
+        with av.open(str(path), metadata_errors='ignore') as container:
             streams = {kind: next(iter(getattr(container.streams, kind)), None) for kind in kinds}
             for kind, stream in streams.items():
                 if stream is None: raise Rejection(f'no {kind}', f'{path.name} has no {kind} stream')

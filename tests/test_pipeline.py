@@ -1,0 +1,91 @@
+"""The whole pipeline on a tiny world: it runs, does nothing twice, and reruns just what a change asks for."""
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import yaml
+
+from glcm.data.miniature import write_world
+from glcm.testing import tiny_params
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}', 'DVC_NO_ANALYTICS': '1'}
+
+
+def run(folder, *command, fails=False):
+    done = subprocess.run(command, cwd=folder, env=ENVIRONMENT, capture_output=True, text=True)
+    output = done.stdout + done.stderr
+    assert (done.returncode != 0) == fails, output[-4000:]
+    return output
+
+
+def to_run(folder):
+    "The stages that `dvc repro` would run now."
+    lines = run(folder, 'dvc', 'repro', '--dry').splitlines()
+    return {line.split("'")[1].split('@')[0] for line in lines if line.startswith('Running stage')}
+
+
+def change(folder, section, **values):
+    params = yaml.safe_load((folder/'params.yaml').read_text())
+    params[section] |= values
+    (folder/'params.yaml').write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+@pytest.fixture(scope='module')
+def project(tmp_path_factory):
+    "A copy of the repository, with tiny parameters and a tiny world, after one `dvc repro`."
+    folder = tmp_path_factory.mktemp('glcm')/'project'
+    tracked = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0')
+    for name in filter(None, tracked):
+        if name.startswith(('.git/', 'sample/', 'results/')) or name in ('data.dvc', 'dvc.lock') or not (ROOT/name).exists(): continue
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        (folder/name).write_bytes((ROOT/name).read_bytes())
+    params = tiny_params()
+    params['finetune']['esc50']['epochs'] = 1
+    (folder/'params.yaml').write_text(yaml.safe_dump(params, sort_keys=False))
+    write_world(folder/'data', workers=0, train=5, validate=1, speech=3, held_out=3, recordings=1)
+    run(folder, 'git', 'init', '-q')
+    run(folder, 'dvc', 'repro')
+    return folder
+
+
+def test_results_are_written(project):
+    metrics = pd.read_csv(project/'results'/'default'/'metrics.csv')
+    assert metrics.variant.tolist() == tiny_params()['grid']['variants']
+    assert metrics.drop(columns='variant').notna().all(axis=None)
+    for name in ('losses', 'attention', 'similarity'):
+        assert (project/'results'/'default'/f'{name}.png').stat().st_size > 5000
+    steps = pd.read_csv(project/'artifacts'/'pretrain'/'glcm-0'/'steps.csv')
+    assert steps.step.tolist() == list(range(tiny_params()['pretrain']['steps']))
+
+
+def test_second_run_does_nothing(project):
+    assert to_run(project) == set()
+
+
+@pytest.mark.parametrize('section, values, stages', [
+    ('figures', dict(clips=3), {'figures'}),
+    ('finetune', dict(esc50=tiny_params()['finetune']['esc50'] | dict(epochs=2)), {'finetune', 'figures'}),
+    ('pretrain', dict(lr=0.0005), {'pretrain', 'localize', 'finetune', 'figures'}),
+    ('audio', dict(bands=64), {'preprocess', 'pretrain', 'localize', 'finetune', 'figures'}),
+])
+def test_change_reruns_what_follows(project, section, values, stages):
+    before = (project/'params.yaml').read_text()
+    change(project, section, **values)
+    try: assert to_run(project) == stages
+    finally: (project/'params.yaml').write_text(before)
+
+
+def test_wrong_parameter_is_named_and_leaves_nothing(project):
+    before = (project/'params.yaml').read_text()
+    change(project, 'pretrain', lr='1e-3')
+    try:
+        output = run(project, 'dvc', 'repro', 'pretrain@glcm-0', fails=True)
+        assert "pretrain.lr should be float, not '1e-3' (YAML reads 1e-3 as text" in output
+        assert not (project/'artifacts'/'pretrain'/'glcm-0').exists()
+    finally: (project/'params.yaml').write_text(before)
+    run(project, 'dvc', 'repro')
+    assert (project/'artifacts'/'pretrain'/'glcm-0'/'checkpoint.pt').exists()
