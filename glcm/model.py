@@ -83,7 +83,7 @@ class Embeddings(NamedTuple):
         audio = windows.permute(0, 2, 3, 1)[clips, heard].flatten(1, 2).transpose(1, 2)
         return self._replace(audio_local=audio, video_local=video)
 
-# %% ../nbs/10_model.ipynb #010
+# %% ../nbs/10_model.ipynb #012
 def projection_head(
     kind: Literal['none', 'linear', 'mlp'], # nothing, one convolution of width 1, or two around a ReLU
     channels: int, # of the features
@@ -95,7 +95,7 @@ def projection_head(
     if kind == 'linear': return last
     return nn.Sequential(nn.Conv1d(channels, channels, 1), nn.ReLU(inplace=True), last)
 
-# %% ../nbs/10_model.ipynb #012
+# %% ../nbs/10_model.ipynb #014
 KINETICS_MEAN = 0.43216, 0.394666, 0.37645 # of Kinetics-400's red, green and blue in 0..1
 KINETICS_STD = 0.22803, 0.22145, 0.216989
 
@@ -164,7 +164,7 @@ class GLCM(nn.Module):
         z = self.project[name](features.flatten(2)).unflatten(2, features.shape[2:])
         return F.normalize(z.float(), dim=1) if self.config.normalize else z
 
-# %% ../nbs/10_model.ipynb #014
+# %% ../nbs/10_model.ipynb #016
 def glcm_loss(
     embeddings: Embeddings, # of a batch of clips
     config: LossConfig, # how they are compared

@@ -45,10 +45,10 @@ def test_each_fault_is_one_row(kinetics, tmp_path):
     catalogue.loc[6, 'path'] = '../../params.yaml'
     rejected = preprocess(catalogue, folder, tmp_path/'out', CLIP, AUDIO, 16, ThreadPoolExecutor(1))
     assert Counter(rejected.reason) == {'does not decode': 3, 'missing file': 1, 'no audio': 1, 'too short': 1, 'unsafe path': 1}
-    assert rejected.clip.tolist() == catalogue.clip[:7].tolist()
+    assert rejected['clip'].tolist() == catalogue['clip'][:7].tolist()
     assert pd.read_csv(tmp_path/'out'/'rejected.csv').equals(rejected)
     store = ClipStore(tmp_path/'out')
-    assert [row['clip'] for row in store.clips] == catalogue.clip[7:].tolist()
+    assert [row['clip'] for row in store.clips] == catalogue['clip'][7:].tolist()
     assert all(len(store.frames(i)) == store.clips[i]['steps'] == store.mel(i).shape[1]/12 for i in range(len(store)))
 
 

@@ -30,6 +30,7 @@ def _list_file(
 ) -> pd.DataFrame: # all cells as text
     "Read a list file as text; raises `InputError` when it is no csv or lacks a column."
     try: table = pd.read_csv(path, dtype=str, keep_default_na=False, header=0 if header else None)
+    except pd.errors.EmptyDataError: return pd.DataFrame(columns=columns)
     except (ValueError, pd.errors.ParserError) as e: raise InputError(f'{path} cannot be read as csv: {e}') from None
     if not header and table.shape[1] == len(columns): table.columns = columns
     if missing := [c for c in columns if c not in table.columns]:

@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import torch
+from torch.nn import functional as F
 
-from ..attention import attention_to_frame
 from ..core import InputError, progress
 from ..data.shards import ClipStore
 from ..data.views import scaled
@@ -42,11 +42,12 @@ def look(
     model: GLCM, # in evaluation mode
     video: torch.Tensor, # (1, 3, T, h, w) uint8
     audio: torch.Tensor, # (1, F, N) float32
-) -> tuple: # map (h, w) over the frame, local embeddings of picture (D, T) and sound (D, T*M)
+) -> tuple: # scores (h, w) over the frame, up to a constant, local embeddings of picture (D, T) and sound (D, T*M)
     "What the model attends to in one span, at the frame's size, and its local embeddings."
     embeddings = model(video, audio)
-    heat = attention_to_frame(embeddings.attention, tuple(video.shape[-2:]))[0]
-    return heat.float().cpu().numpy(), embeddings.video_local[0].float(), embeddings.audio_local[0].float()
+    scores = embeddings.attention.float().clamp_min(1e-30).log().unsqueeze(1)
+    heat = F.interpolate(scores, tuple(video.shape[-2:]), mode='bilinear', align_corners=False)[0, 0]
+    return heat.cpu().numpy(), embeddings.video_local[0].float(), embeddings.audio_local[0].float()
 
 # %% ../../nbs/13_tasks.localize.ipynb #008
 def score_map(
