@@ -57,10 +57,10 @@ def onsets(
     rng: np.random.Generator,
     seconds: float = SECONDS,  # how long the toy plays
 ):
-    "Irregular onset times in seconds, from before the clip to its end, and their strengths in [0.5, 1]."
+    "Irregular onset times in seconds, from before the clip to its end, and their strengths in [0.4, 1]."
     times = -0.7 + np.cumsum(rng.uniform(0.25, 0.7, size=int((seconds + 0.7) / 0.25) + 1))
     times = times[times < seconds - 0.05]
-    return times, rng.uniform(0.5, 1, size=len(times))
+    return times, rng.uniform(0.4, 1, size=len(times))
 
 
 def pulse(
@@ -395,7 +395,7 @@ def toy(rng, kind, x, y, radius):
     times, strengths = onsets(rng)
     drift = np.concatenate([rng.uniform(0.01, 0.04, 2), rng.uniform(0, 2 * np.pi, 2)])
     looks = toy_colours(rng), rng.uniform(-0.25, 0.25), rng.uniform() < 0.4
-    return Toy(kind, x, y, radius, *looks, times, strengths, rng.uniform(0.2, 0.32), drift)
+    return Toy(kind, x, y, radius, *looks, times, strengths, rng.uniform(0.14, 0.22), drift)
 
 # %% ../../nbs/01_data.miniature.ipynb #025
 def render(
