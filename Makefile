@@ -31,6 +31,8 @@ seeds: $(READY) data-present
 	@trap 'mv .dvc/tmp/params.yaml params.yaml' EXIT INT TERM; \
 	    $(BIN)/dvc exp run --set-param study=seeds --set-param 'grid.seeds=[0,1,2]'
 
+# Two notebooks at a time, a thread each: threads that wait for each other on the same cores are many times slower.
+test slow: export OMP_NUM_THREADS = 1
 test: $(READY) data-present
 	@$(BIN)/nbdev_test --n_workers 2 --do_print --timing
 	@$(BIN)/pytest

@@ -105,7 +105,7 @@ def _mark_missed(
 ):
     "Frame a picture in red."
     red = '#e0483e'
-    ax.set_xlabel(f'{ax.get_xlabel()}, missed', fontsize=9, color=red)
+    ax.set_xlabel(ax.get_xlabel().replace('IoU', 'missed,'), fontsize=9, color=red)
     for spine in ax.spines.values(): spine.set(visible=True, color=red, lw=2.5)
 
 # %% ../nbs/15_figures.ipynb #013
@@ -121,9 +121,9 @@ def plot_attention(
     chosen = own.iloc[np.linspace(0, len(own) - 1, min(clips, len(own))).round().astype(int)]
     numbers = [[row['clip'] for row in store.clips].index(clip) for clip in chosen['clip']]
     widths = [store.clips[i]['width']/store.clips[i]['height'] for i in numbers]
-    height = 16.1/sum(widths) + 0.5
+    height = 16.1/sum(widths) + 0.42
     fig, axes = plt.subplots(2, len(chosen), figsize=(8.2, height), squeeze=False, width_ratios=widths, gridspec_kw=dict(
-        left=0.004, right=0.996, wspace=0.04, hspace=0.04, top=1 - 0.23/height, bottom=0.26/height))
+        left=0.004, right=0.996, wspace=0.04, hspace=0.04, top=1 - 0.21/height, bottom=0.21/height))
     for (top, bottom), i, row in zip(axes.T, numbers, chosen.itertuples()):
         video, audio = middle_span(store, i, config.views.frames)
         heat, *_ = look(model, video, audio)
@@ -173,20 +173,21 @@ def plot_similarity(
     matrices = [(seen.T @ heard).cpu().numpy() for _, seen, heard in (look(model, *span) for span in spans)]
     scale = dict(vmin=min(m.min() for m in matrices), vmax=max(m.max() for m in matrices))
     fig = plt.figure(figsize=(8.2, 7.6/len(clips) + 0.6))
-    *cells, last = fig.add_gridspec(1, len(clips) + 1, width_ratios=[*[1]*len(clips), 0.03], wspace=0.14,
-                                    left=0.07, right=0.94, top=0.92, bottom=0.14)
+    *cells, last = fig.add_gridspec(1, len(clips) + 1, width_ratios=[*[1]*len(clips), 0.03], wspace=0.11,
+                                    left=0.07, right=0.925, top=0.92, bottom=0.14)
     seconds = config.views.frames/store.about['fps']
     for i, cell, (video, audio), matrix in zip(clips, cells, spans, matrices):
         axes = _similarity_panel(fig, cell, video[0], audio[0], matrix, seconds, **scale)
         axes[1].set_title(store.clips[i]['label'] or store.clips[i]['clip'], fontsize=9)
         axes[2].set_xlabel('time of the sound, s', fontsize=9)
-        if i == clips[0]: axes[0].set_ylabel('time of the picture, s', fontsize=9)
+        if cell is cells[0]: axes[0].set_ylabel('time of the picture, s', fontsize=9)
+        else: axes[0].set_yticks([])
     bar = fig.colorbar(axes[2].images[0], cax=fig.add_subplot(last))
     bar.set_label('similarity', fontsize=9)
     bar.ax.tick_params(labelsize=8)
     return fig
 
-# %% ../nbs/15_figures.ipynb #020
+# %% ../nbs/15_figures.ipynb #022
 def attend(
     model: GLCM, # in evaluation mode
     config: RunConfig, # how it was trained
@@ -208,7 +209,7 @@ def attend(
         weight[span] += fade
     return total/weight[:, None, None]
 
-# %% ../nbs/15_figures.ipynb #021
+# %% ../nbs/15_figures.ipynb #023
 class Watched(NamedTuple):
     "A video and what the model attends to in it."
     frames: np.ndarray # (F, h, w, 3) uint8, to be shown
@@ -234,7 +235,7 @@ def watch(
     heat = attend(model, config, np.ascontiguousarray(recording.frames[:count]), mel)
     return Watched(shown, heat, mel, recording.waveform[:round(count/fps*rate)], fps)
 
-# %% ../nbs/15_figures.ipynb #023
+# %% ../nbs/15_figures.ipynb #025
 def plot_strip(
     watched: Watched, # a video
     moments: int = 6, # how many frames to show
@@ -256,7 +257,7 @@ def plot_strip(
     axes[2].set(xlabel='seconds', ylabel='mel', yticks=[])
     return fig
 
-# %% ../nbs/15_figures.ipynb #025
+# %% ../nbs/15_figures.ipynb #027
 def film(
     watched: Watched, # a video
     height: int = 240, # of its picture, pixels; the sound takes a third of that more
@@ -275,7 +276,7 @@ def film(
         picture[height:, max(0, now - 1):now + 1] = 255
     return pictures
 
-# %% ../nbs/15_figures.ipynb #030
+# %% ../nbs/15_figures.ipynb #032
 def cell_metrics(
     artifacts: Path, # folder of the stages' outputs
     variant: str,
@@ -296,7 +297,7 @@ def cell_metrics(
         row[task] = fold_accuracy(predictions).mean()
     return row
 
-# %% ../nbs/15_figures.ipynb #031
+# %% ../nbs/15_figures.ipynb #033
 def baseline_metrics(
     scores: pd.DataFrame, # as `glcm.tasks.localize.localize` returns
 ) -> pd.DataFrame: # variant, pointing, ciou_50, auc
@@ -305,7 +306,7 @@ def baseline_metrics(
     return pd.DataFrame([dict(variant=name, pointing=r.pointing.mean(), ciou_50=success_rate(r.ciou),
                               auc=success_auc(r.ciou)) for name, r in rows])
 
-# %% ../nbs/15_figures.ipynb #033
+# %% ../nbs/15_figures.ipynb #035
 COLUMNS = dict(pointing='pointing game', ciou_50='cIoU@0.5', auc='AUC', synchronisation='sync. top-1',
                synchronisation_shifted='sync., sound cut apart', esc50='ESC-50 (miniature)')
 ROWS = dict(glcm='GLCM', glcm_no_local='GLCM without the local loss', glcm_no_mil='GLCM without MIL', glcm_mean_pool='GLCM, mean pooling',
@@ -329,7 +330,7 @@ def results_table(
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
-# %% ../nbs/15_figures.ipynb #034
+# %% ../nbs/15_figures.ipynb #036
 def write_between_marks(
     path: str | Path, # a Markdown file
     name: str, # of the marks: <!-- name --> and <!-- /name -->
