@@ -59,6 +59,11 @@ class RunConfig:
     loss: LossConfig         # loss
     pretrain: PretrainConfig # training
 
+    def __post_init__(self):
+        if self.views.frames % self.model.global_frames:
+            raise InputError(f'model.global_frames = {self.model.global_frames} frames of the global view cannot be spread evenly '
+                             f'over views.frames = {self.views.frames}')
+
 # %% ../nbs/11_train.ipynb #007
 def run_config(
     params: dict, # sections audio, datasets, views, model, loss, pretrain and variants, as in params.yaml

@@ -16,7 +16,8 @@ def batch(config, clips=3):
     g = torch.Generator().manual_seed(0)
     T, side = config.views.frames, config.views.crop
     return dict(video=torch.randint(0, 256, (clips, 3, T, side, side), generator=g, dtype=torch.uint8),
-                audio=torch.randn(clips, config.audio.bands, config.model.mel_per_step*T, generator=g), clip=list('abc'))
+                audio=torch.randn(clips, config.audio.bands, config.model.mel_per_step*T, generator=g),
+                shift=torch.zeros(clips, dtype=torch.long), clip=list('abc'))
 
 
 @pytest.mark.parametrize('variant', PARAMS['variants'])
