@@ -25,7 +25,7 @@ def tiny_params() -> dict: # sections of params.yaml
     tiny = dict(model=dict(width=4, embedding=16), pretrain=dict(steps=6, batch=3, warmup_steps=2, workers=0))
     return override(read_params(), tiny, 'the tiny run')
 
-# %% ../nbs/16_testing.ipynb #005
+# %% ../nbs/16_testing.ipynb #007
 def tiny_clips(
     clips: str | Path, # folder of clip shards: a folder for the dataset is made in it
     dataset: str, # kinetics700, avspeech, vggss or esc50
@@ -41,7 +41,7 @@ def tiny_clips(
                    parse(AudioConfig, params['audio'], 'audio'), params['views']['frames'], ThreadPoolExecutor(1))
     return out
 
-# %% ../nbs/16_testing.ipynb #006
+# %% ../nbs/16_testing.ipynb #009
 def tiny_run(
     artifacts: str | Path, # folder to write every stage's outputs to
 ) -> dict: # the parameters it was made with
