@@ -94,10 +94,10 @@ def test_new_learning_rate_reruns_what_follows(project):
 
 def test_wrong_parameter_is_named_and_leaves_nothing(project):
     before = (project/'params.yaml').read_text()
-    change(project, 'pretrain', lr='1e-3')
+    change(project, 'pretrain', lr='3e-4')
     try:
         output = run(project, 'dvc', 'repro', 'pretrain@glcm-0', fails=True)
-        assert "pretrain.lr should be float, not '1e-3' (YAML reads 1e-3 as text" in output
+        assert "pretrain.lr should be float, not '3e-4' (YAML reads 1e-3 as text" in output
         assert not (project/'artifacts'/'pretrain'/'glcm-0').exists()
     finally: (project/'params.yaml').write_text(before)
     run(project, 'dvc', 'repro')
