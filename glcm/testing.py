@@ -7,14 +7,14 @@ __all__ = ['tiny_params', 'tiny_clips', 'tiny_run']
 
 # %% ../nbs/16_testing.ipynb #002
 import tempfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .core import override, parse, read_params
 from .data.audio import AudioConfig
 from .data.catalogue import read_catalogue
 from .data.miniature import write_world
-from .data.shards import ClipConfig, ClipStore, preprocess
+from .data.preprocess import ClipConfig, preprocess
+from .data.shards import ClipStore, StoreConfig
 from .tasks.localize import localize, synchronise
 from .tasks.sound import SoundConfig, cross_validate
 from .train import load_model, run_config, train
@@ -38,7 +38,7 @@ def tiny_clips(
         write_world(Path(folder)/'data', workers=0, **sizes)
         source = Path(folder)/'data'/dataset
         preprocess(read_catalogue(dataset, source), source, out, parse(ClipConfig, params['datasets'][dataset], dataset),
-                   parse(AudioConfig, params['audio'], 'audio'), params['views']['frames'], ThreadPoolExecutor(1))
+                   parse(AudioConfig, params['audio'], 'audio'), parse(StoreConfig, params['store'], 'store'), params['views']['frames'])
     return out
 
 # %% ../nbs/16_testing.ipynb #009

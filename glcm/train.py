@@ -22,6 +22,7 @@ import torch
 from .core import InputError, atomic_path, override, parse, progress, seed_everything
 from .data.audio import AudioConfig
 from .data.shards import ClipStore
+from .data.video import to_rgb
 from .data.views import TrainingViews, ViewConfig, training_batches
 from .losses import LossConfig
 from .model import GLCM, ModelConfig, glcm_loss
@@ -148,7 +149,7 @@ class Diverged(RuntimeError):
 def training_step(
     model: GLCM,
     optimizer: torch.optim.Optimizer,
-    batch: dict, # video (B, 3, T, h, w) uint8, audio (B, F, N) float32, shift (B,) steps, clip names
+    batch: dict, # planes (B, T, 3h/2, w) uint8, audio (B, F, N) float32, shift (B,) steps, clip names
     config: RunConfig,
     step: int, # number of the step, for the learning rate
     device: torch.device,
@@ -156,7 +157,8 @@ def training_step(
     "One forward, backward and Adam update; raises `Diverged` before bad numbers reach the weights."
     lr = learning_rate(step, config.pretrain)
     for group in optimizer.param_groups: group['lr'] = lr
-    video, audio, shift = (batch[k].to(device, non_blocking=True) for k in ('video', 'audio', 'shift'))
+    planes, audio, shift = (batch[k].to(device, non_blocking=True) for k in ('planes', 'audio', 'shift'))
+    video = to_rgb(planes).transpose(1, 2)
     with reduced_precision(device, config.pretrain.precision):
         embeddings = model(video, audio, local=config.loss.local_weight > 0)
         losses = glcm_loss(embeddings.overlap(shift, config.views.shift), config.loss)

@@ -28,13 +28,12 @@ def middle_span(
     offset: int = 0, # steps by which the sound is taken later than the picture
 ) -> tuple[torch.Tensor, torch.Tensor]: # video (1, 3, T, h, w) uint8, audio (1, F, N) float32
     "The whole frames around a clip's middle and their sound; raises `InputError` where the clip is too short."
-    row, columns = store.clips[i], store.about['mel_per_step']
+    row = store.clips[i]
     start = (row['steps'] - frames)//2
     if start < 0 or not 0 <= start + offset <= row['steps'] - frames:
         raise InputError(f"clip {row['clip']} of {row['steps']} frames is too short for {frames} and an offset of {offset}")
     video = store.frames(i, start, start + frames).transpose(0, 1)
-    mel = store.mel(i)[:, (start + offset)*columns:(start + offset + frames)*columns]
-    return video[None], scaled(mel)[None]
+    return video[None], scaled(store.mel(i, start + offset, start + offset + frames))[None]
 
 # %% ../../nbs/13_tasks.localize.ipynb #007
 @torch.inference_mode()
