@@ -57,14 +57,16 @@ def transcript(
     start = next((i for i, (_, line) in enumerate(lines) if line.startswith('WORD START END')), len(lines))
     words = []
     for number, line in lines[start + 1:]:
-        try: word, begin, end = line.split()[:3]; words.append([word, seconds(begin), seconds(end)])
+        try:
+            word, begin, end = line.split()[:3]
+            words.append([word, seconds(begin), seconds(end)])
         except ValueError: raise InputError(f'{path}, line {number}: {line!r} is no WORD START END ASDSCORE') from None
     return text, words or None
 
 # %% ../../nbs/03c_data.benchmarks.ipynb #010
 def lrs2_list(
     path: Path, # pretrain.txt, train.txt, val.txt or test.txt
-) -> list: # (programme, number) of each clip
+) -> list: # (folder, number) of each clip
     "The clips that an LRS2 list names; raises `InputError` for a line that is not `<id>/<n>` or `<id>/<n> NF`."
     clips = []
     for number, line in text_lines(path):
@@ -167,7 +169,8 @@ def grid_words(
         for i, word in enumerate(row['words'] or []):
             start, end = window(word, span)
             times = [round(min(max(t - start, 0), end - start), 5) for t in word[1:]]
-            rows.append(row | dict(clip=f"{row['clip']}_{i}", start=start, end=end, label=word[0], text=word[0], words=[[word[0], *times]]))
+            rows.append(row | dict(clip=f"{row['clip']}_{i}", start=start, end=end, label=word[0], text=word[0],
+                                   words=[[word[0], *times]]))
     return as_table(rows)
 
 # %% ../../nbs/03c_data.benchmarks.ipynb #024
@@ -206,7 +209,8 @@ def dfdc(
         for file, item in read_json(path, dict).items():
             try: row = _dfdc_row(item, file)
             except (KeyError, TypeError, ValueError) as e:
-                raise InputError(f'{path}: {file} needs a label FAKE or REAL, a split, and as a fake its original; found {e!r}') from None
+                raise InputError(f'{path}: {file} needs a label FAKE or REAL, a split, and as a fake its original; '
+                                 f'found {e!r}') from None
             place = f'{part}/{file}'
             row['split'] = sides.get(place) or sides.get(file) or (None if row['split'] in listed else row['split'])
             rows.append(row | dict(clip=f'{part}_{Path(file).stem}', path=place))
@@ -326,7 +330,8 @@ def vggss(
         try: rows.append(dict(clip=item['file'], path='clips/' + item['file'] + '.mp4', label=item['class'], split='test',
                               group=item['file'].rpartition('_')[0] or None, boxes=usable_boxes(item['bbox'])))
         except (AttributeError, KeyError, TypeError, ValueError) as e:
-            raise InputError(f'{path}: each item needs file, class and bbox as [[x1, y1, x2, y2], ...]; found {e!r} in item {number}') from None
+            raise InputError(f'{path}: each item needs file, class and bbox as [[x1, y1, x2, y2], ...]; '
+                             f'found {e!r} in item {number}') from None
     return as_table([row for row in rows if row['boxes']])
 
 # %% ../../nbs/03c_data.benchmarks.ipynb #042

@@ -74,7 +74,8 @@ def csv_rows(
         for cells in reader:
             if not cells: continue
             if len(cells) != len(names):
-                raise InputError(f'{path}, line {reader.line_num}: {len(cells)} cells where {len(names)} belong ({", ".join(names)})')
+                raise InputError(f'{path}, line {reader.line_num}: {len(cells)} cells where {len(names)} belong '
+                                 f'({", ".join(names)})')
             yield reader.line_num, dict(zip(names, cells))
     except csv.Error as e: raise InputError(f'{path}, line {reader.line_num}: {e}') from None
 
