@@ -1,0 +1,262 @@
+"""Readers of official layouts: what they make of correct, damaged and hostile lists."""
+import hashlib
+import json
+import random
+
+import pytest
+
+from glcm.core import InputError, inside
+from glcm.data.benchmarks import agreement, window
+from glcm.data.catalogue import EXPECTED, READERS, leaks, read_catalogue, select
+from glcm.data.lists import COLUMNS, clip_name
+
+ALIGN = '0 5000 sil\n5000 10000 bin\n10000 15000 blue\n15000 20000 at\n20000 21000 sp\n21000 25000 f\n25000 30000 two\n30000 74500 now\n'
+KINETICS = 'label,youtube_id,time_start,time_end,split\n'
+XML = '<r><a><bbox><t>x</t><a>0</a><b>0</b><c>{}</c><d>256</d></bbox></a><a><bbox><t>x</t><a>64</a><b>0</b><c>256</c><d>256</d></bbox></a></r>'
+ESC = 'filename,fold,target,category,esc10,src_file,take\n'
+UCF = 'ucfTrainTestlist/'
+HMDB = 'testTrainMulti_7030_splits/'
+
+
+def ucf(test, clips):
+    "The six lists and the classes for clips 'Class gXX', with those of `test` (a set per split) for testing."
+    files = {UCF + 'classInd.txt': '1 Basketball\n2 YoYo\n'}
+    name = lambda c: '{0}/v_{0}_{1}_c01.avi'.format(*c.split())
+    for k in (1, 2, 3):
+        files[f'{UCF}testlist0{k}.txt'] = ''.join(name(c) + '\n' for c in clips if c in test[k - 1])
+        files[f'{UCF}trainlist0{k}.txt'] = ''.join(f"{name(c)} {1 + c.startswith('YoYo')}\r\n" for c in clips if c not in test[k - 1])
+    return files
+
+
+GOOD = {
+    'kinetics700': {'train.csv': KINETICS + 'singing,abc-_defghi,3,13,train\n', 'val.csv': KINETICS + '"yoga, hot",x1234567890,0,10,val\n'},
+    'kinetics_sounds': {'train.csv': KINETICS + 'singing,abc-_defghi,3,13,train\nyoga,x1234567890,0,10,train\n'},
+    'avspeech': {'avspeech_train.csv': 'abc,1.5,4.5,0.25,0.5\n', 'avspeech_test.csv': 'def,1,4,0,1\n'},
+    'lrw': {f'lipread_mp4/ABOUT/{s}/ABOUT_00001.{e}': 'Duration: 0.58 seconds\n' for s in ('train', 'val', 'test') for e in ('mp4', 'txt')},
+    'lrs2': {'train.txt': '12/00001\n', 'test.txt': '13/00001 NF\n', 'mvlrs_v1/main/12/00001.txt': 'Text:  IT IS\nConf:  3\n'},
+    'grid': {'s1/bbaf2n.mpg': '', 's1/align/bbaf2n.align': ALIGN}, 'grid_words': {'video/bbaf2n.mp4': '', 'align/bbaf2n.align': ALIGN},
+    'dfdc': {'dfdc_train_part_3/metadata.json': '{"a.mp4": {"label": "FAKE", "split": "train", "original": "b.mp4"}}'},
+    'ucf101': ucf([{'YoYo g01'}]*3, ['YoYo g01', 'Basketball g02']),
+    'hmdb51': {f'{HMDB}run_test_split{k}.txt': 'Film_run_f_cm_np1_fr_bad_0.avi 1 \n' for k in (1, 2, 3)},
+    'esc50': {'meta/esc50.csv': ESC + '1-5-A-0.wav,1,0,dog,True,5,A\n'}, 'esc10': {'meta/esc50.csv': ESC + '1-5-A-0.ogg,1,0,dog,True,5,A\n'},
+    'vggss': {'vggss.json': '[{"file": "abc_000001", "class": "dog", "bbox": [[0, 0, 0.5, 1]]}]'},
+    'flickr_soundnet': {'Annotations/12.xml': XML.format(128)}, 'folder': {'a/b.mp4': ''}}
+
+
+def put(folder, files):
+    for name, data in files.items():
+        (folder/name).parent.mkdir(parents=True, exist_ok=True)
+        (folder/name).write_bytes(data if isinstance(data, bytes) else data.encode())
+    return folder
+
+
+@pytest.mark.parametrize('reader', READERS)
+def test_every_reader_gives_the_same_columns_of_plain_values(reader, tmp_path):
+    table = read_catalogue(reader, put(tmp_path, GOOD[reader]))
+    assert list(table.columns) == COLUMNS and len(table) and table['clip'].is_unique
+    rows = table.to_dict('records')
+    assert json.loads(json.dumps(rows, allow_nan=False)) == rows
+    assert not any(v != v for row in rows for v in row.values())
+    assert set(EXPECTED) == set(READERS)
+
+
+@pytest.mark.parametrize('reader', READERS)
+def test_wrong_nesting_and_empty_folders_say_what_was_expected(reader, tmp_path):
+    (tmp_path/'empty').mkdir()
+    with pytest.raises(InputError, match='^mine: '): read_catalogue(reader, tmp_path/'empty', 'mine')
+    put(tmp_path/'deep'/'down'/'below', GOOD[reader])
+    if reader == 'folder': return
+    with pytest.raises(InputError) as error: read_catalogue(reader, tmp_path/'deep')
+    assert 'expected' in str(error.value) or 'no file' in str(error.value)
+
+
+FAULTS = [ # reader, file to replace, its content (None: remove it), what the message names
+    ('kinetics700', 'train.csv', KINETICS + 'singing,a,1,2,train\nsinging,b,x,2,train\n', r'train\.csv, line 3: b has no times'),
+    ('kinetics700', 'train.csv', KINETICS + 'singing,a,nan,2,train\n', 'line 2'),
+    ('kinetics700', 'train.csv', KINETICS + 'singing,a,1,2\n', 'line 2: 4 cells where 5 belong'),
+    ('kinetics700', 'train.csv', b'label,\xff\n', r'train\.csv is not UTF-8'),
+    ('kinetics700', 'train.csv', 'label,id\nx,y\n', 'lacks youtube_id, time_start, time_end'),
+    ('avspeech', 'avspeech_train.csv', 'abc,1.5,4.5,0.25,0.5\nabc,1.5,4.5,0.25\n', 'line 2: 4 cells where 5 belong'),
+    ('avspeech', 'avspeech_train.csv', 'abc,1.5,4.5,1.25,0.5\n', r'avspeech_train\.csv, line 1'),
+    ('avspeech', 'avspeech_train.csv', 'abc,one,4.5,0.25,0.5\n', 'line 1.*one'),
+    ('lrw', 'lipread_mp4/ABOUT/train/ABOUT_00001.txt', 'Duration: long\n', r'ABOUT_00001\.txt has no line like'),
+    ('lrw', 'lipread_mp4/ABOUT/train/ABOUT_00001.txt', None, r'no file .*train/ABOUT_00001\.txt'),
+    ('lrs2', 'train.txt', '12/00001\n../00001\n', r'train\.txt, line 2'),
+    ('lrs2', 'train.txt', '/etc/passwd\n', r'train\.txt, line 1'),
+    ('lrs2', 'train.txt', '12/00001 XX\n', r'train\.txt, line 1'),
+    ('lrs2', 'mvlrs_v1/main/12/00001.txt', 'Conf: 3\n', 'no line that begins with "Text:"'),
+    ('lrs2', 'mvlrs_v1/main/12/00001.txt', 'Text: IT\nWORD START END ASDSCORE\nIT 0.1\n', 'line 3'),
+    ('grid', 's1/align/bbaf2n.align', '0 5000 sil\n5000 bin\n', r'bbaf2n\.align, line 2'),
+    ('grid', 's1/align/bbaf2n.align', '0 5000 sil\n', 'has no words'),
+    ('grid', 's1/align/bbaf2n.align', None, r'no \.align files in .*align'),
+    ('dfdc', 'dfdc_train_part_3/metadata.json', '["a.mp4"]', 'should hold a dict'),
+    ('dfdc', 'dfdc_train_part_3/metadata.json', '{"a.mp4": "FAKE"}', r'metadata\.json: a\.mp4 needs'),
+    ('dfdc', 'dfdc_train_part_3/metadata.json', '{"a.mp4": {"label": "FAKE", "split": "train"}}', 'a.mp4 needs'),
+    ('dfdc', 'dfdc_train_part_3/metadata.json', '{"a.mp4": {"label": "MAYBE", "split": "train"}}', 'MAYBE'),
+    ('dfdc', 'dfdc_train_part_3/metadata.json', '{"a.mp4"', 'not valid json'),
+    ('dfdc', 'dfdc_train_part_3/metadata.json', None, r'no file .*dfdc_train_part_3/metadata\.json'),
+    ('ucf101', UCF + 'classInd.txt', None, r'no file .*classInd\.txt'),
+    ('ucf101', UCF + 'trainlist03.txt', None, r'no file .*trainlist03\.txt'),
+    ('ucf101', UCF + 'trainlist01.txt', '\n../v_YoYo_g01_c01.avi 2\n', r'trainlist01\.txt, line 2'),
+    ('ucf101', UCF + 'trainlist01.txt', 'YoYo/v_YoYo_g03_c01.avi 1\n', 'line 1.*does not fit'),
+    ('ucf101', UCF + 'trainlist01.txt', 'YoYo/v_YoYo_g01_c01.avi 2\n', 'for training and for testing'),
+    ('hmdb51', HMDB + 'run_test_split2.txt', None, r'no file .*run_test_split2\.txt'),
+    ('hmdb51', HMDB + 'run_test_split2.txt', 'Film_run_f_cm_np1_fr_bad_0.avi 3\n', r'run_test_split2\.txt, line 1'),
+    ('hmdb51', HMDB + 'run_test_split2.txt', '../../x.avi 1\n', r'run_test_split2\.txt, line 1'),
+    ('esc50', 'meta/esc50.csv', ESC + 'a.wav,one,0,dog,True,5,A\n', r'esc50\.csv, line 2'),
+    ('esc10', 'meta/esc50.csv', 'filename,fold,category\na.wav,1,dog\n', 'lacks esc10'),
+    ('vggss', 'vggss.json', '{"file": "a"}', 'should hold a list'),
+    ('vggss', 'vggss.json', '[{"file": "a", "class": "dog", "bbox": [0, 0, 1, 1]}]', 'item 1'),
+    ('vggss', 'vggss.json', '[{"file": 7, "class": "dog", "bbox": []}]', 'item 1'),
+    ('vggss', 'vggss.json', '['*100000, 'not valid json'),
+    ('flickr_soundnet', 'Annotations/12.xml', '<r><a>', r'12\.xml is no annotation'),
+    ('flickr_soundnet', 'Annotations/12.xml', XML.format('wide'), r'12\.xml is no annotation'),
+    ('folder', 'labels.csv', 'path,lable\na/b.mp4,x\n', "column 'lable'; it takes: path, label"),
+    ('folder', 'labels.csv', 'path,split\na/b.mp4,train\na/b.mp4,val\n', 'line 3: split is train, validate or test, not val'),
+    ('folder', 'labels.csv', 'path,start,end\na/b.mp4,5,4\n', 'line 2: end is not after start'),
+    ('folder', 'labels.csv', 'path,start\na/b.mp4,1:30\n', 'line 2: start and end are seconds'),
+    ('folder', 'labels.csv', 'path,label\n,x\n', 'line 2: there is no path')]
+
+
+@pytest.mark.parametrize('reader, file, content, message', FAULTS)
+def test_a_fault_is_named_with_its_place(reader, file, content, message, tmp_path):
+    put(tmp_path, GOOD[reader])
+    if content is None: (tmp_path/file).unlink()
+    else: put(tmp_path, {file: content})
+    with pytest.raises(InputError, match=message): read_catalogue(reader, tmp_path)
+
+
+@pytest.mark.parametrize('reader, file, content', [
+    ('kinetics700', 'train.csv', KINETICS + '../../..,a,1,2,train\n'),
+    ('avspeech', 'avspeech_train.csv', '../../../etc/a,1,2,0,0\n'),
+    ('dfdc', 'dfdc_train_part_3/metadata.json', '{"../../a.mp4": {"label": "REAL", "split": "train"}}'),
+    ('esc50', 'meta/esc50.csv', ESC + '../../a.wav,1,0,dog,True,5,A\n'),
+    ('vggss', 'vggss.json', '[{"file": "../../abc", "class": "dog", "bbox": [[0, 0, 0.5, 1]]}]'),
+    ('folder', 'labels.csv', 'path\n/etc/hosts\n'), ('folder', 'labels.csv', 'path\na/../../b.mp4\n')])
+def test_a_path_that_leads_outside_stays_recognisable(reader, file, content, tmp_path):
+    table = read_catalogue(reader, put(tmp_path/'data', GOOD[reader] | {file: content}))
+    outside = 0
+    for row in table.itertuples():
+        assert inside(tmp_path, row.clip).parent == tmp_path
+        (tmp_path/row.clip).touch()
+        try: inside(tmp_path/'data', row.path)
+        except InputError: outside += 1
+    assert outside == 1
+
+
+def test_clip_names_are_files_and_differ(tmp_path):
+    names = ['a', 'a/b', 'a%2Fb', 'a\\b', '.a', '..', '.', 'ü', 'ü'*200, 'ü'*201, 'a\0b', 'a\nb', 'x'*300, 'con:1', '\udcff.mp4']
+    for name in names: (tmp_path/clip_name(name)).touch()
+    assert len(list(tmp_path.iterdir())) == len(names)
+
+
+def test_ucf_lists_give_the_written_splits(tmp_path):
+    clips = ['YoYo g01', 'YoYo g02', 'Basketball g01', 'Basketball g25']
+    files = ucf([{'YoYo g01', 'Basketball g01'}, {'YoYo g02'}, {'Basketball g25'}], clips)
+    files[UCF + 'trainlist03.txt'] = 'YoYo/v_YoYo_g01_c01.avi 2\n'   # leaves two clips out of the third split
+    table = read_catalogue('ucf101', put(tmp_path, files)).set_index('clip')
+    assert table.splits.to_dict() == {
+        'v_YoYo_g01_c01': ['test', 'train', 'train'], 'v_YoYo_g02_c01': ['train', 'test', 'unused'],
+        'v_Basketball_g01_c01': ['test', 'train', 'unused'], 'v_Basketball_g25_c01': ['train', 'train', 'test']}
+    assert table.path['v_YoYo_g02_c01'] == 'UCF-101/YoYo/v_YoYo_g02_c01.avi'
+    assert table.group.tolist().count('g01') == 2 and leaks(table.reset_index()).empty
+
+
+@pytest.mark.parametrize('base', ['', 'hmdb51_org/', 'videos/'])
+def test_hmdb_lists_give_the_written_splits(base, tmp_path):
+    names = ['#122_ Kate_brush_hair_f_nm_np1_ba_goo_2.avi', 'A_(b)_brush_hair_u_cm_np2_le_med_6.avi']
+    put(tmp_path, {f'{HMDB}brush_hair_test_split{k}.txt': f'{names[0]} {a}\n{names[1]} {b} \n' for k, a, b in [(1, 1, 0), (2, 2, 1), (3, 0, 2)]})
+    put(tmp_path, {f'{base}brush_hair/{name}': '' for name in names})
+    table = read_catalogue('hmdb51', tmp_path)
+    assert table.splits.tolist() == [['train', 'test', 'unused'], ['unused', 'train', 'test']]
+    assert table.group.tolist() == ['#122_ Kate', 'A_(b)']
+    assert all((tmp_path/path).exists() for path in table.path)
+
+
+def test_lrw_word_stands_in_the_middle(tmp_path):
+    table = read_catalogue('lrw', put(tmp_path, GOOD['lrw']))
+    assert table.words[0] == [['ABOUT', 0.29, 0.87]]
+    assert table['clip'].tolist() == ['train_ABOUT_00001', 'validate_ABOUT_00001', 'test_ABOUT_00001']
+    assert read_catalogue('lrw', tmp_path/'lipread_mp4').split.tolist() == ['train', 'validate', 'test']
+
+
+def test_lrs2_lists_may_name_clips_that_are_not_there(tmp_path):
+    files = GOOD['lrs2'] | {'pretrain.txt': '12/00001\n', 'mvlrs_v1/pretrain/12/00001.txt': 'Text:  GO ON\n\nWORD START END ASDSCORE\nGO 0 1 2\nON 1 2.5 3\n'}
+    table = read_catalogue('lrs2', put(tmp_path, files))
+    assert table.path.tolist() == [f'mvlrs_v1/{p}.mp4' for p in ('pretrain/12/00001', 'main/12/00001', 'main/13/00001')]
+    assert table.text.tolist() == ['GO ON', 'IT IS', None] and table.words[0] == [['GO', 0, 1], ['ON', 1, 2.5]]
+    assert leaks(table).empty
+    table.loc[1, 'split'] = 'validate'
+    assert leaks(table).values.tolist() == [['12', 1, ['train', 'validate'], 2]]
+
+
+def grid_files(clips):
+    return {f'video/{c}.mpg': '' for c in clips} | {f'align/{c}.align': ALIGN for c in clips}
+
+
+def test_grid_split_does_not_depend_on_the_other_files(tmp_path):
+    clips = [f'{i:06d}' for i in range(300)]
+    everything = read_catalogue('grid', put(tmp_path/'all', grid_files(clips))).set_index('clip').split
+    few = read_catalogue('grid', put(tmp_path/'few', grid_files(random.Random(1).sample(clips, 40)))).set_index('clip').split
+    assert (everything[few.index] == few).all()
+    counts = everything.value_counts()
+    assert 210 <= counts['train'] <= 270 and min(counts['validate'], counts['test']) >= 15
+    for clip in clips[:20]:  # by hand: 80, 10 and 10 percent of the range of a checksum
+        draw = int(hashlib.sha256(f'0/{clip}'.encode()).hexdigest()[:16], 16)/16**16
+        assert everything[clip] == ('train' if draw < 0.8 else 'validate' if draw < 0.9 else 'test')
+    words = read_catalogue('grid_words', tmp_path/'all')
+    assert (words.split.to_numpy() == everything[[c.rpartition('_')[0] for c in words['clip']]].to_numpy()).all()
+
+
+def test_grid_words_lie_in_their_windows(tmp_path):
+    words = read_catalogue('grid_words', put(tmp_path, GOOD['grid_words']))
+    assert words.label.tolist() == 'bin blue at f two now'.split()
+    assert words[['start', 'end']].iloc[[0, 3, 5]].values.tolist() == [[0.0, 1.16], [0.34, 1.5], [1.51, 2.67]]
+    assert words.words[3] == [['f', 0.5, 0.66]]
+    lines = [line.split() for line in ALIGN.splitlines()]
+    spoken = [[int(s)/25000, int(e)/25000] for s, e, w in lines if w not in ('sil', 'sp')]
+    for row, (s, e) in zip(words.itertuples(), spoken):
+        assert 0 <= row.start and row.end <= 74500/25000 and row.end - row.start == pytest.approx(1.16)
+        assert row.start + row.words[0][1] == pytest.approx(max(s, row.start)) and row.start + row.words[0][2] == pytest.approx(min(e, row.end))
+    assert window(['x', 0.2, 0.4], (0.1, 0.9)) == (0.1, 1.26)
+
+
+def test_both_official_grid_layouts(tmp_path):
+    files = {'s1/video/a.mpg': '', 's1/align/a.align': ALIGN, 's2/a.mpg': '', 'align/s2/a.align': ALIGN, 's2/b.mpg': ''}
+    table = read_catalogue('grid', put(tmp_path, files))
+    assert table[['clip', 'path', 'group']].values.tolist() == [
+        ['s1_a', 's1/video/a.mpg', 's1'], ['s2_a', 's2/a.mpg', 's2'], ['s2_b', 's2/b.mpg', 's2']]
+    assert table.text.tolist() == ['bin blue at f two now']*2 + [None]
+
+
+def test_own_dfdc_lists_override(tmp_path):
+    meta = {c: dict(label='REAL', split='train') for c in ('a.mp4', 'b.mp4', 'c.mp4')} | {'f.mp4': dict(label='FAKE', split='train', original='a.mp4')}
+    put(tmp_path, {'dfdc_train_part_3/metadata.json': json.dumps(meta), 'validate.txt': 'b.mp4\nnot_there.mp4\n', 'test.txt': 'dfdc_train_part_3/f.mp4\n'})
+    table = read_catalogue('dfdc', tmp_path)
+    assert table.split.tolist() == ['train', 'validate', 'train', 'test']
+    assert leaks(table)[['group', 'sides']].values.tolist() == [['a.mp4', ['test', 'train']]]
+    put(tmp_path, {'train.txt': 'c.mp4\n'})
+    assert read_catalogue('dfdc', tmp_path).split.tolist() == [None, 'validate', 'train', 'test']
+    put(tmp_path, {'train.txt': 'c.mp4\nb.mp4\n'})
+    with pytest.raises(InputError, match=r'validate\.txt, line 1: b\.mp4 is in train\.txt too'): read_catalogue('dfdc', tmp_path)
+
+
+def test_flickr_boxes_are_where_two_agree():
+    assert agreement([[0, 0, 0.5, 1], [0.25, 0, 1, 1]]) == [[0.25, 0, 0.5, 1]]
+    apart = [[0, 0, 0.2, 0.2], [0.5, 0.5, 1, 1]]
+    assert agreement(apart) == apart and agreement(apart[:1]) == apart[:1]
+
+
+def test_select_is_stable(tmp_path):
+    rows = [f'singing,id{i:09d},0,10,train\n' for i in range(500)]
+    table = read_catalogue('kinetics700', put(tmp_path/'a', {'train.csv': KINETICS + ''.join(rows)}))
+    random.Random(0).shuffle(rows)
+    again = read_catalogue('kinetics700', put(tmp_path/'b', {'train.csv': KINETICS + ''.join(rows[:450])}))
+    chosen, kept = set(select(table, 100)['clip']), set(again['clip'])
+    assert len(chosen) == 100 and chosen & kept <= set(select(again, 100)['clip'])
+    assert set(select(select(table, 100), 10)['clip']) == set(select(table, 10)['clip'])
+    ranked = sorted(table['clip'], key=lambda c: hashlib.sha256(f'3/{c}'.encode()).digest()[:8])
+    assert set(select(table, 7, seed=3)['clip']) == set(ranked[:7])
+    assert select(table, 100)['clip'].tolist() == [c for c in table['clip'] if c in chosen]
+    with pytest.raises(InputError, match='501 clips cannot be taken from a catalogue of 500'): select(table, 501)
+    assert select(table, 0).empty and len(select(table, 500)) == 500
