@@ -64,7 +64,7 @@ def encode_h264(
     encoder = av.CodecContext.create('libx264', 'w')
     encoder.width, encoder.height, encoder.pix_fmt = planes.shape[2], planes.shape[1]*2//3, 'yuv420p'
     encoder.framerate, encoder.time_base, encoder.thread_count = rate, 1/rate, 1
-    encoder.options = {'crf': str(config.crf), 'preset': 'superfast', 'tune': 'fastdecode',
+    encoder.options = {'crf': str(config.crf), 'preset': 'veryfast', 'tune': 'fastdecode',
         'x264-params': f'keyint={config.keyframe}:min-keyint={config.keyframe}:scenecut=0:bframes=0:threads=1'}
     frames = [_as_frame(picture, k, rate) for k, picture in enumerate(planes)]
     return [bytes(packet) for frame in (*frames, None) for packet in encoder.encode(frame)]

@@ -127,10 +127,11 @@ def _runs(
     frames: list, # decoded audio frames, in order
     gap: float = 0.1, # seconds between two frames from which they are not taken for neighbours
 ) -> list: # of lists of frames
-    "Audio frames in runs without a gap."
-    runs, end = [], None
+    "Audio frames in runs without a gap and of one format."
+    runs, end, kind = [], None, None
     for frame in frames:
-        if end is None or abs(frame.time - end) > gap: runs.append([])
+        before, kind = kind, (frame.format.name, frame.layout.name, frame.sample_rate)
+        if kind != before or abs(frame.time - end) > gap: runs.append([])
         runs[-1].append(frame)
         end = frame.time + frame.samples/frame.sample_rate
     return runs
@@ -140,9 +141,11 @@ def _mono(
     rate: int, # wanted samples per second
 ) -> np.ndarray: # (n,) float32
     "Decoded audio frames as one mono waveform at `rate`."
+    first = frames[0]
+    whole = av.AudioFrame.from_ndarray(np.concatenate([frame.to_ndarray() for frame in frames], 1), first.format.name, first.layout.name)
+    whole.sample_rate = first.sample_rate
     resampler = av.AudioResampler(format='flt', layout='mono', rate=rate)
-    pieces = [p.to_ndarray()[0] for frame in (*frames, None) for p in resampler.resample(frame)]
-    return np.concatenate(pieces) if pieces else np.zeros(0, np.float32)
+    return np.concatenate([np.zeros(0, np.float32), *(p.to_ndarray()[0] for frame in (whole, None) for p in resampler.resample(frame))])
 
 # %% ../../nbs/02_data.video.ipynb #021
 def _laid_out(
