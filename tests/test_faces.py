@@ -154,7 +154,7 @@ def test_without_dlib_the_module_imports_and_names_the_remedy():
         import sys
         import numpy as np
         import glcm.data.faces as faces
-        assert 'dlib' not in sys.modules and 'face_recognition_models' not in sys.modules
+        assert not sys.modules.get('dlib') and 'face_recognition_models' not in sys.modules
         sys.modules['dlib'] = None
         try: faces.landmarks(np.zeros((2, 64, 64, 3), np.uint8))
         except faces.InputError as e: print(e)'''

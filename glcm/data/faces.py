@@ -221,6 +221,7 @@ def landmarks(
     "Landmarks of the face that speaks, else the largest; raises `Rejection('no face')` where too few frames show one."
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise InputError(f'frames should be (T, h, w, 3) uint8 with T at least 1, not {frames.shape} {frames.dtype}')
+    if waveform is not None and not sample_rate: raise InputError('a waveform needs its sample_rate: give both, or neither')
     found = look_for_faces(frames, every, short_side)
     tracks = [track_landmarks(frames, track, sorted(found)) for track in link_faces(found)]
     seen = [np.isfinite(points[:, 0, 0]).mean() for points in tracks]
