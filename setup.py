@@ -17,5 +17,5 @@ setup(
     python_requires=f">={cfg['min_python']},<3.14",
     packages=find_packages(include=['glcm', 'glcm.*']),
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('dev', 'faces')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('faces', 'dask', 'dev')},
 )

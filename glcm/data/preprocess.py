@@ -33,6 +33,7 @@ import pandas as pd
 
 from ..core import InputError, atomic_path, inside, parse, progress
 from .audio import AudioConfig, log_mel
+from .faces import face_track_crops
 from .shards import StoreConfig, checksum, pack_clip, write_index, write_shard
 from .video import Recording, Rejection, from_rgb, read_recording
 
@@ -101,9 +102,8 @@ def encode_clip(
 def _cropped(planes, waveform, settings):
     "The pictures whole, or lips or face cut out of them."
     if settings.clip.crop == 'none': return planes
-    from glcm.data.faces import face_track_crops
-    frames = Recording(planes, None).frames
-    return from_rgb(face_track_crops(frames, settings.clip.crop, settings.clip.short_side, waveform, settings.audio.sample_rate))
+    clip, frames = settings.clip, Recording(planes, None).frames
+    return from_rgb(face_track_crops(frames, clip.crop, clip.short_side, waveform, settings.audio.sample_rate, clip.fps))
 
 # %% ../../nbs/05b_data.preprocess.ipynb #010
 def _send(write, head: dict, parts: list = ()):

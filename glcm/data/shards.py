@@ -198,13 +198,17 @@ class ClipStore:
         for name, shard in self.about['shards'].items():
             if checksum(self.folder/name) != shard['sha256']: raise InputError(f'{self.folder/name} is damaged: {self._remedy()}')
 
-    def _chunks(self, row: dict, suffix: str, first: int, last: int) -> list: # of bytes
-        "The chunks `first` to `last` of a member, by one read."
+    def _read(self, row: dict, suffix: str, first: int, last: int) -> tuple: # memory, where each chunk begins in it and the last one ends
+        "The chunks `first` to `last` of a member, still in the file."
         offset, *sizes = row['places'][suffix]
         ends = np.cumsum([0, *sizes])
-        if row['shard'] not in self._files: self._files[row['shard']] = open(self.folder/row['shard'], 'rb')
-        data = os.pread(self._files[row['shard']].fileno(), int(ends[last] - ends[first]), offset + int(ends[first]))
-        cuts = ends[first:last + 1] - ends[first]
+        if row['shard'] not in self._files:
+            with open(self.folder/row['shard'], 'rb') as file:
+                self._files[row['shard']] = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+        return self._files[row['shard']][offset + int(ends[first]):offset + int(ends[last])], ends[first:last + 1] - ends[first]
+
+    def _chunks(self, *member) -> list: # of bytes
+        data, cuts = self._read(*member)
         return [data[a:b] for a, b in zip(cuts, cuts[1:])]
 
     def planes(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray: # (F, 3h/2, w) uint8
@@ -212,7 +216,7 @@ class ClipStore:
         row = self.clips[i]
         stop = row['steps'] if stop is None else stop
         if 'i420' in row['places']:
-            data = b''.join(self._chunks(row, 'i420', start, stop))
+            data, _ = self._read(row, 'i420', start, stop)
             return np.frombuffer(data, np.uint8).reshape(stop - start, -1, row['width'])
         key = start - start % self.about['keyframe']
         try: return decode_h264(self._chunks(row, 'h264', key, stop), row['height'], row['width'])[start - key:]
