@@ -153,7 +153,16 @@ def test_crash_of_the_decoder_is_a_rejection(kinetics, tmp_path, sign):
     assert decoder.encode(film, SETTINGS, None, None, 60) == first
 
 
-def test_dask_cluster_gives_the_same_bytes(kinetics, unbroken, tmp_path):
+@pytest.fixture
+def environment():
+    "Dask leaves thread limits in the environment, which the processes of later tests would inherit."
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
+
+
+def test_dask_cluster_gives_the_same_bytes(kinetics, unbroken, tmp_path, environment):
     distributed = pytest.importorskip('distributed')
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
         preprocess(read_catalogue('kinetics700', kinetics), kinetics, tmp_path/'kinetics700', CLIP, AUDIO, STORE, 16,
