@@ -58,7 +58,7 @@ def enlarge(
     width: int | None = None, # wanted width, pixels; None: in proportion, even
 ) -> np.ndarray: # (F, height, width[, 3]) float32, no value beyond those that were there
     "Pictures at another size, by bicubic interpolation."
-    values = torch.from_numpy(np.asarray(pictures, np.float32))
+    values = torch.from_numpy(np.ascontiguousarray(pictures, np.float32))
     values = values.unsqueeze(1) if values.ndim == 3 else values.permute(0, 3, 1, 2)
     size = height, width or 2*round(values.shape[3]*height/values.shape[2]/2)
     large = F.interpolate(values, size, mode='bicubic', align_corners=False, antialias=True)

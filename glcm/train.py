@@ -23,7 +23,7 @@ from .core import InputError, atomic_path, override, parse, progress, seed_every
 from .data.audio import AudioConfig
 from .data.shards import ClipStore
 from .data.video import to_rgb
-from .data.views import TrainingViews, ViewConfig, training_batches
+from .data.views import TrainingViews, ViewConfig, training_batches, training_clips
 from .losses import LossConfig
 from .model import GLCM, ModelConfig, glcm_loss
 
@@ -225,7 +225,7 @@ def train(
     optimizer = torch.optim.AdamW(model.parameters(), config.pretrain.lr, weight_decay=config.pretrain.weight_decay)
     state = Resume(Path(resume)/run_hash(config, stores), config, model, optimizer)
     history = state.restore()
-    views = TrainingViews(stores, config.views, config.seed, clips=config.pretrain.clips)
+    views = TrainingViews(training_clips(stores, config.pretrain.clips), config.views, config.seed)
     _steps(model, optimizer, views, config, history, state, device)
     losses = pd.DataFrame(history, columns=['step', 'loss', 'global_loss', 'local_loss', 'lr'])
     Path(out).mkdir(parents=True, exist_ok=True)
