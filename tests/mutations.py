@@ -269,14 +269,14 @@ def harm(original: Content, damaged: Content) -> tuple: # steps lost, luma, mel
 
 
 def judge(original: Content, damaged: Content, others: list) -> str:
-    "What an accepted file is: unchanged, with small harm, another file, or with large harm."
+    "What an accepted file is: unchanged, with small harm, with pictures or sound of another file, or with large harm."
     same = lambda a, b: a is None and b is None or a.shape == b.shape and (a == b).all()
     if same(original.luma, damaged.luma) and same(original.levels, damaged.levels): return 'unchanged'
-    near = lambda lost, luma, mel: luma < SMALL_LUMA and mel < SMALL_MEL
     lost, luma, mel = harm(original, damaged)
-    if near(lost, luma, mel) and lost <= 0.05*original.levels.shape[1]/12 + 5: return 'small harm'
-    if any(near(*harm(other, damaged)) for other in others if (other.luma is None) == (damaged.luma is None)): return 'another file'
-    return 'large harm'
+    if luma < SMALL_LUMA and mel < SMALL_MEL and lost <= 0.05*original.levels.shape[1]/12 + 5: return 'small harm'
+    harms = [harm(other, damaged) for other in others if (other.luma is None) == (damaged.luma is None)]
+    known = any(luma < SMALL_LUMA for _, luma, _ in harms) and any(mel < SMALL_MEL for _, _, mel in harms)
+    return 'of another file' if known else 'large harm'
 
 
 def fuzz(paths: list, folder: Path, count: int, seed: int = 0, seconds: float = 20):
