@@ -178,8 +178,8 @@ def absurd_header(files, k, rng):
         damaged[(at := int(rng.choice(pages)) + 4 + rng.integers(22)):at + 4] = struct.pack('<I', rng.choice(ABSURD))
         return bytes(damaged)
     heads = [(kind, at, size) for kind, at, size in boxes(files.data[k]) if kind not in (b'udta', b'free', b'JUNK')]
-    _, at, size = heads[rng.integers(len(heads))]
-    at += 4*int(rng.integers(min(size, 96)//4))
+    kind, at, size = heads[rng.integers(len(heads))]
+    at += 4*int(rng.integers(2 if kind in (b'mdat', b'movi') else min(size, 96)//4))
     form = '<I' if damaged[:4] == b'RIFF' else '>I'
     old, = struct.unpack_from(form, damaged, at)
     struct.pack_into(form, damaged, at, int(rng.choice([*ABSURD, min(old*1000, (1 << 32) - 1), old//1000])))
@@ -257,7 +257,8 @@ def settings_of(path: Path) -> Settings:
 
 
 def harm(original: Content, damaged: Content) -> tuple: # steps lost, luma, mel
-    "Steps fewer or more; difference of luma in the worst frame; median difference of log10 mel at the best shift of the sound."
+    """Steps fewer or more; difference of luma in the worst frame, from the original's frame of the same time or of a neighbour's;
+    median difference of log10 mel, at the best shift of the sound. A cut between scenes that comes a step early is thus small harm."""
     columns = min(original.levels.shape[1], damaged.levels.shape[1]) - 2*SHIFT
     ours = original.levels[:, SHIFT:SHIFT + columns].astype(int)
     mel = min(float(np.median(np.abs(ours - damaged.levels[:, at:at + columns]))) for at in range(2*SHIFT + 1))/LEVELS
@@ -265,7 +266,8 @@ def harm(original: Content, damaged: Content) -> tuple: # steps lost, luma, mel
     if original.luma is None: return lost, 0.0, mel
     if original.luma.shape[1:] != damaged.luma.shape[1:]: return lost, 255.0, mel
     frames = min(len(original.luma), len(damaged.luma))
-    return lost, float(np.abs(original.luma[:frames].astype(int) - damaged.luma[:frames]).mean((1, 2)).max()), mel
+    luma = np.stack([np.abs(np.roll(original.luma, s, 0)[:frames].astype(int) - damaged.luma[:frames]).mean((1, 2)) for s in (-1, 0, 1)])
+    return lost, float(luma.min(0).max()), mel
 
 
 def judge(original: Content, damaged: Content, others: list) -> str:
@@ -275,7 +277,7 @@ def judge(original: Content, damaged: Content, others: list) -> str:
     lost, luma, mel = harm(original, damaged)
     if luma < SMALL_LUMA and mel < SMALL_MEL and lost <= 0.05*original.levels.shape[1]/12 + 5: return 'small harm'
     harms = [harm(other, damaged) for other in others if (other.luma is None) == (damaged.luma is None)]
-    known = any(luma < SMALL_LUMA for _, luma, _ in harms) and any(mel < SMALL_MEL for _, _, mel in harms)
+    known = any(luma < 1 for _, luma, _ in harms) and any(mel < 0.1 for _, _, mel in harms)
     return 'of another file' if known else 'large harm'
 
 

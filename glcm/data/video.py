@@ -227,13 +227,14 @@ def _refuse_torn(path: Path):
         if check and not check(file, os.fstat(file.fileno()).st_size): raise Rejection('cut off', f'{path.name}: a part of the file is missing')
 
 # %% ../../nbs/02_data.video.ipynb #031
-def _refuse_length(stream: av.stream.Stream, end: float, name: str):
-    "Raise `Rejection` when a stream's last frame comes long before the end that its header promises, or a picture long after."
-    if not stream.duration: return
-    promised = float((stream.duration + (stream.start_time or 0))*stream.time_base)
-    said = f'{name}: the header promises {promised:.1f} s of {stream.type}, there are {end:.1f} s'
-    if end < 0.95*promised - 0.5: raise Rejection('cut off', said)
-    if stream.type == 'video' and end > 1.05*promised + 0.5: raise Rejection('longer than its header says', said)
+def _refuse_length(stream: av.stream.Stream, last: av.frame.Frame, name: str):
+    "Raise `Rejection` when a stream's last frame ends long before the header promises, or a picture long after."
+    promised, whole = float(((stream.duration or 0) + (stream.start_time or 0))*stream.time_base), (stream.container.duration or 0)/av.time_base
+    end = last.time + float((last.duration or 0)*last.time_base)
+    said = f'{name}: the header promises {promised or whole:.1f} s of {stream.type}, there are {end:.1f} s'
+    if stream.duration and end < 0.97*promised - 0.2: raise Rejection('cut off', said)
+    limit = promised if stream.duration else whole
+    if limit and stream.type == 'video' and end > 1.03*limit + 0.2: raise Rejection('longer than its header says', said)
 
 def _decoded(
     path: Path, # a media file
@@ -245,15 +246,15 @@ def _decoded(
         _refuse_torn(path)
         with av.open(str(path), metadata_errors='ignore') as container:
             streams = _open_streams(container, kinds, path.name)
-            ends = dict.fromkeys(streams, 0.0)
+            latest = {}
             for packet in container.demux(*streams):
                 for frame in packet.decode():
                     if frame.pts is None: continue
                     if frame.is_corrupt: raise Rejection('does not decode', f'{path.name}: damaged {packet.stream.type} at {frame.time:.1f} s')
-                    ends[packet.stream] = max(ends[packet.stream], frame.time)
+                    latest[packet.stream] = frame
                     yield frame
                 if errors: raise Rejection('does not decode', f'{path.name}: {errors[0][2].strip()}')
-            for stream, end in ends.items(): _refuse_length(stream, end, path.name)
+            for stream, frame in latest.items(): _refuse_length(stream, frame, path.name)
     except (av.FFmpegError, OSError, EOFError) as e:
         raise Rejection('does not decode', f'{path.name}: {e.strerror or e}') from None
 
