@@ -7,10 +7,12 @@ __all__ = ['FROM_YUV', 'LONGEST_GAP', 'STRICT', 'Rejection', 'planes_of', 'to_rg
            'read_recording', 'write_video']
 
 # %% ../../nbs/03_data.video.ipynb #002
+import os
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from typing import BinaryIO
 
 import av
 import numpy as np
@@ -56,13 +58,13 @@ def to_rgb(
 ) -> torch.Tensor: # (..., 3, h, w) uint8
     "Planes as red, green and blue pictures."
     height, width = planes.shape[-2]*2//3, planes.shape[-1]
-    luma, chroma = planes[..., :height, :].float() - 16, planes[..., height:, :].float() - 128
-    r, g, b = FROM_YUV.to(planes.device)
-    picture = []
-    for weight in (r, g, b):
-        colour = weight[1]*chroma[..., :width//2] + weight[2]*chroma[..., width//2:]
-        picture.append(weight[0]*luma + colour.repeat_interleave(2, -1).repeat_interleave(2, -2))
-    return torch.stack(picture, -3).round_().clamp_(0, 255).to(torch.uint8)
+    weights = FROM_YUV.to(planes.device)
+    luma = (weights[0, 0]*(planes[..., :height, :].float() - 16)).unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)) # pairs of rows, of columns
+    u, v = (planes[..., height:, :].float() - 128).chunk(2, -1)
+    picture = torch.empty(*planes.shape[:-2], 3, height//2, 2, width//2, 2, dtype=torch.uint8, device=planes.device)
+    for c, (_, from_u, from_v) in enumerate(weights):
+        picture[..., c, :, :, :, :] = (luma + (from_u*u + from_v*v)[..., None, :, None]).round_().clamp_(0, 255)
+    return picture.flatten(-4, -3).flatten(-2)
 
 def from_rgb(
     frames: np.ndarray, # (F, h, w, 3) uint8, both sides even
@@ -108,7 +110,7 @@ def _picture(
     small = frame.reformat(width, height, 'yuv420p', dst_colorspace='ITU601', dst_color_range='MPEG', interpolation='AREA', threads=1)
     planes = np.empty((height*3//2, width), np.uint8)
     planes_of(small, planes)
-    return _upright(planes, frame.rotation//90) if frame.rotation else planes
+    return _upright(planes, round(frame.rotation/90)) if frame.rotation else planes
 
 def _upright(
     planes: np.ndarray, # (3h/2, w) uint8
@@ -167,6 +169,8 @@ def _sound(
 ) -> np.ndarray: # (n,) float32 mono
     "The waveform from the first picture on; raises `Rejection` where the clock jumps."
     pieces, last = [], start
+    heard, span = sum(frame.samples/frame.sample_rate for frame in frames), frames[-1].time - frames[0].time
+    if heard < span/2: raise Rejection('clock jumps', f'{heard:.1f} s of sound in {span:.1f} s')
     for run in _runs(frames):
         if abs(run[0].time - last) > LONGEST_GAP: raise Rejection('clock jumps', f'sound at {last:.1f} s, then at {run[0].time:.1f} s')
         pieces.append((run[0].time - start, _mono(run, rate)))
@@ -186,38 +190,75 @@ def _open_streams(
     for kind in kinds:
         stream = next(iter(getattr(container.streams, kind)), None)
         if stream is None: raise Rejection(f'no {kind}', f'{name} has no {kind} stream')
+        if stream.codec_context is None: raise Rejection('does not decode', f'{name}: {kind} in an unknown codec')
         stream.codec_context.options = STRICT
         streams.append(stream)
     return streams
 
-# %% ../../nbs/03_data.video.ipynb #025
-def _refuse_cut(stream: av.stream.Stream, end: float, name: str):
-    "Raise `Rejection` when a stream's last frame comes long before the end that its header promises."
-    if not stream.duration: return
-    promised = float((stream.duration + (stream.start_time or 0))*stream.time_base)
-    if end < 0.95*promised - 0.5:
-        raise Rejection('cut off', f'{name}: the header promises {promised:.1f} s of {stream.type}, there are {end:.1f} s')
+# %% ../../nbs/03_data.video.ipynb #026
+av.logging.set_level(av.logging.ERROR)
+av.logging.set_skip_repeated(False)
+
+# %% ../../nbs/03_data.video.ipynb #028
+def _riff_is_whole(file: BinaryIO, size: int) -> bool:
+    "Whether a RIFF file is at least as long as it says."
+    file.seek(4)
+    promised = int.from_bytes(file.read(4), 'little')
+    return promised in (0, 0xFFFFFFFF) or promised + 8 <= size
+
+def _ogg_is_whole(file: BinaryIO, size: int) -> bool:
+    "Whether the pages of an Ogg file follow each other up to the last one of each stream."
+    following, ended = {}, set()
+    while head := file.read(27):
+        if len(head) < 27 or head[:4] != b'OggS': return False
+        stream, number = head[14:18], int.from_bytes(head[18:22], 'little')
+        if number != following.get(stream, number): return False
+        following[stream] = number + 1
+        if head[5] & 4: ended.add(stream)
+        file.seek(sum(file.read(head[26])), 1)
+    return file.tell() <= size and ended == following.keys()
+
+def _refuse_torn(path: Path):
+    "Raise `Rejection` when a part of the file is missing by its container's own account."
+    whole = {b'RIFF': _riff_is_whole, b'OggS': _ogg_is_whole}
+    with open(path, 'rb') as file:
+        check = whole.get(file.read(4))
+        file.seek(0)
+        if check and not check(file, os.fstat(file.fileno()).st_size): raise Rejection('cut off', f'{path.name}: a part of the file is missing')
+
+# %% ../../nbs/03_data.video.ipynb #031
+def _refuse_length(stream: av.stream.Stream, last: av.frame.Frame, name: str):
+    "Raise `Rejection` when a stream's last frame ends long before the header promises, or a picture long after."
+    promised, whole = float(((stream.duration or 0) + (stream.start_time or 0))*stream.time_base), (stream.container.duration or 0)/av.time_base
+    end = last.time + float((last.duration or 0)*last.time_base)
+    said = f'{name}: the header promises {promised or whole:.1f} s of {stream.type}, there are {end:.1f} s'
+    if stream.duration and end < 0.97*promised - 0.2: raise Rejection('cut off', said)
+    limit = promised if stream.duration else whole
+    if limit and stream.type == 'video' and end > 1.03*limit + 0.2: raise Rejection('longer than its header says', said)
 
 def _decoded(
     path: Path, # a media file
     kinds: list, # of 'video', 'audio': the streams that are needed
+    errors: list, # to which FFmpeg's error messages are added
 ):
     "Yield the decoded frames of the wanted streams; raises `Rejection` for a missing stream or any damage."
     try:
+        _refuse_torn(path)
         with av.open(str(path), metadata_errors='ignore') as container:
             streams = _open_streams(container, kinds, path.name)
-            ends = dict.fromkeys(streams, 0.0)
+            latest = {}
             for packet in container.demux(*streams):
                 for frame in packet.decode():
                     if frame.pts is None: continue
                     if frame.is_corrupt: raise Rejection('does not decode', f'{path.name}: damaged {packet.stream.type} at {frame.time:.1f} s')
-                    ends[packet.stream] = max(ends[packet.stream], frame.time)
+                    latest[packet.stream] = frame
                     yield frame
-            for stream, end in ends.items(): _refuse_cut(stream, end, path.name)
+                if errors: raise Rejection('does not decode', f'{path.name}: {errors[0][2].strip()}')
+            for stream, frame in latest.items(): _refuse_length(stream, frame, path.name)
     except (av.FFmpegError, OSError, EOFError) as e:
         raise Rejection('does not decode', f'{path.name}: {e.strerror or e}') from None
 
-# %% ../../nbs/03_data.video.ipynb #027
+# %% ../../nbs/03_data.video.ipynb #033
 class _Screen:
     "Collects the pictures a player shows at each tick, from frames that arrive in order."
     def __init__(self, fps: float, short_side: int):
@@ -237,9 +278,11 @@ class _Screen:
 
     def planes(self) -> np.ndarray: # (F, 3h/2, w) uint8
         self._keep(self.times[-1] + (np.median(np.diff(self.times)) if len(self.times) > 1 else 1/self.fps))
+        sizes = {picture.shape for picture in self.pictures}
+        if len(sizes) > 1: raise Rejection('changes size', f'{len(sizes)} sizes of picture in one file')
         return np.stack(self.pictures)
 
-# %% ../../nbs/03_data.video.ipynb #028
+# %% ../../nbs/03_data.video.ipynb #034
 def read_recording(
     path: str | Path, # a media file in any container and codec that FFmpeg knows
     fps: float | None, # wanted frame rate; None: sound only
@@ -249,9 +292,11 @@ def read_recording(
     "Decode a file once, to `fps` and `sample_rate`; raises `Rejection` where it cannot be used."
     path, screen, sounds = Path(path), _Screen(fps, short_side), []
     if not path.exists(): raise Rejection('missing file', path.name)
-    for frame in _decoded(path, [kind for kind, wanted in (('video', fps), ('audio', sample_rate)) if wanted]):
-        if isinstance(frame, av.AudioFrame): sounds.append(frame)
-        else: screen.show(frame)
+    kinds = [kind for kind, wanted in (('video', fps), ('audio', sample_rate)) if wanted]
+    with av.logging.Capture() as errors:
+        for frame in _decoded(path, kinds, errors):
+            if isinstance(frame, av.AudioFrame): sounds.append(frame)
+            else: screen.show(frame)
     for kind, wanted, found in (('video', fps, screen.times), ('audio', sample_rate, sounds)):
         if wanted and not found: raise Rejection('does not decode', f'{path.name}: the {kind} stream is empty')
     planes = screen.planes() if fps else None
@@ -259,7 +304,7 @@ def read_recording(
     start = screen.times[0] if fps else sounds[0].time
     return Recording(planes, _sound(sounds, start, sample_rate))
 
-# %% ../../nbs/03_data.video.ipynb #030
+# %% ../../nbs/03_data.video.ipynb #036
 def write_video(
     path: str | Path, # an mp4 file to write
     frames: np.ndarray, # (F, h, w, 3) uint8 RGB, both sides even
