@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['FPS', 'SIDE', 'VOICES', 'LIP_WORDS', 'CONTEXT', 'LRW_FRAMES', 'GRAMMAR', 'GRID', 'GRID_FRAMES', 'GRID_SIZE',
            'GRID_UNITS', 'GRID_ACCENTS', 'MP3_DELAY', 'FAKES', 'DFDC_FPS', 'DFDC_SECONDS', 'DFDC_SIZE', 'ACTORS', 'UCF',
-           'HMDB', 'FILMS', 'GROUP_CLIPS', 'WRITERS', 'FULL', 'Speaker', 'speakers', 'take', 'say', 'Shot', 'excerpt',
-           'in_a_room', 'shoot', 'paste', 'film', 'word_shot', 'lrw_shot', 'write_lrw_clip', 'write_lrw', 'sentence',
-           'programme', 'sentence_shot', 'write_sentence', 'write_lrs2', 'grid_name', 'grid_shot', 'encode',
-           'write_old', 'write_grid_clip', 'write_grid', 'deepfake_shot', 'cast', 'made_as', 'write_deepfake',
+           'HMDB', 'FILMS', 'WRITERS', 'FULL', 'Speaker', 'speakers', 'take', 'say', 'Shot', 'excerpt', 'in_a_room',
+           'shoot', 'paste', 'film', 'word_shot', 'lrw_shot', 'write_lrw_clip', 'write_lrw', 'sentence', 'programme',
+           'sentence_shot', 'write_sentence', 'write_lrs2', 'grid_name', 'grid_shot', 'encode', 'write_old',
+           'write_grid_clip', 'write_grid', 'deepfake_shot', 'cast', 'made_as', 'dfdc_names', 'write_deepfake',
            'write_dfdc', 'pose', 'circling', 'bouncing', 'rolling', 'shaking', 'nodding', 'spinning', 'swelling',
            'weaving', 'swinging', 'jumping', 'trajectory', 'action', 'quantizer', 'tested_groups', 'write_ucf_clip',
            'write_ucf101', 'write_hmdb_clip', 'write_hmdb51', 'annotations', 'write_flickr_clip',
@@ -246,11 +246,11 @@ def write_sentence(folder, seed, part, number, index):
     return part, f"{digits}/{index + 1:05d}{' NF' * (part == 'test')}"
 
 
-def write_lrs2(folder, seed, run, pretrain, train, val, test):
-    "Write LRS2 with so many programmes of five utterances, and its four lists."
+def write_lrs2(folder, seed, run, pretrain, train, val, test, utterances):
+    "Write LRS2 with so many programmes of so many utterances each, and its four lists."
     counts = dict(pretrain=pretrain, train=train, val=val, test=test)
     lines = run([partial(write_sentence, folder, seed, part, number, index)
-                 for part, count in counts.items() for number in range(count) for index in range(5)])
+                 for part, count in counts.items() for number in range(count) for index in range(utterances)])
     for part in counts:
         (folder / f'{part}.txt').write_text(''.join(f'{line}\n' for where, line in lines if where == part))
 
@@ -385,23 +385,28 @@ def made_as(number):
     return number % ACTORS, FAKES[(number + number // ACTORS) % len(FAKES)]
 
 # %% ../../nbs/01b_data.miniature_tasks.ipynb #029
+def dfdc_names(key):
+    "File names of a real video and its fake: ten random letters each."
+    return [''.join(letters) + '.mp4' for letters in seeded(*key, 'name').choice(list(string.ascii_lowercase), (2, 10))]
+
+
 def write_deepfake(folder, seed, part, parts, number, fake):
     "Write a real video or its fake; returns its part, its name and its entry of metadata.json."
     key = seed, 'dfdc', part, number
     actor, kind = made_as(number)
     shot = deepfake_shot(key, cast(seed, part, parts)[actor], kind if fake else None)
-    names = [''.join(seeded(*key, 'name').choice(list(string.ascii_lowercase), (2, 10))[k]) + '.mp4' for k in range(2)]
+    names = dfdc_names(key)
     frames = film(seeded(*key, 'file'), shot, *DFDC_SIZE, DFDC_FPS)
     quality = int(seeded(*key, 'quality', fake).integers(27, 34))  # by chance, so that the size of a file tells little
     write_mp4(folder / f'dfdc_train_part_{part}' / names[fake], frames, shot.sound, crf=quality, fps=DFDC_FPS)
     return part, names[fake], dict(label='FAKE' if fake else 'REAL', split='train', original=names[0] if fake else None)
 
 
-def write_dfdc(folder, seed, run, parts, rounds):
-    "Write DFDC in parts with four actors, who play so many videos each, each with a fake; and lists of the splits."
+def write_dfdc(folder, seed, run, parts, pairs):
+    "Write DFDC in so many parts of so many real videos with a fake each, and lists of the splits."
     for part in range(parts): (folder / f'dfdc_train_part_{part}').mkdir(parents=True)
     rows = run([partial(write_deepfake, folder, seed, part, parts, number, fake)
-                for part, number, fake in product(range(parts), range(ACTORS * rounds), (0, 1))])
+                for part, number, fake in product(range(parts), range(pairs), (0, 1))])
     lists = dict(train=range(parts - 2), validate=[parts - 2], test=[parts - 1])
     for part in range(parts):
         entries = {name: entry for where, name, entry in sorted(rows, key=lambda row: row[1]) if where == part}
@@ -482,7 +487,6 @@ def action(
 # %% ../../nbs/01b_data.miniature_tasks.ipynb #035
 FILMS = ('Marbles_on_Monday', 'The_Tin_Garden', 'Kettle_and_Moon', 'A_Room_of_Kites', 'Paper_Harbour', 'Seven_Buttons', 'Old_Spinning_Wheel',
          'Night_of_the_Tops')  # a film of HMDB51 is a group
-GROUP_CLIPS = 3
 
 
 def quantizer(*key): return int(seeded(*key, 'quality').integers(5, 10))  # by chance, so that the size of a file tells less
@@ -501,11 +505,11 @@ def write_ucf_clip(folder, seed, label, group, clip):
     return label, group, name
 
 
-def write_ucf101(folder, seed, run, groups):
-    "Write UCF101 with so many groups of three clips in each class, and its three splits."
+def write_ucf101(folder, seed, run, groups, clips):
+    "Write UCF101 with so many groups, and clips of each, in each class, and its three splits."
     lists = folder / 'ucfTrainTestlist'
     for home in (lists, *(folder / 'UCF-101' / label for label in UCF)): home.mkdir(parents=True)
-    rows = run([partial(write_ucf_clip, folder, seed, *which) for which in product(UCF, range(groups), range(GROUP_CLIPS))])
+    rows = run([partial(write_ucf_clip, folder, seed, *which) for which in product(UCF, range(groups), range(clips))])
     number = {label: k for k, label in enumerate(UCF, 1)}
     (lists / 'classInd.txt').write_text(''.join(f'{k} {label}\n' for label, k in number.items()))
     for split in (1, 2, 3):
@@ -524,15 +528,15 @@ def write_hmdb_clip(folder, seed, label, group, clip):
     return label, group, clip, name
 
 
-def write_hmdb51(folder, seed, run, groups):
-    "Write HMDB51 with three clips of so many films in each class, and its three splits; a few clips are in none."
+def write_hmdb51(folder, seed, run, groups, clips):
+    "Write HMDB51 with so many films, and clips of each, in each class, and its three splits; a few clips are left out of each."
     if groups > len(FILMS): raise InputError(f'{groups} films for hmdb51: there are only {len(FILMS)}')
     lists = folder / 'testTrainMulti_7030_splits'
     for home in (lists, *(folder / label for label in HMDB)): home.mkdir(parents=True)
-    rows = run([partial(write_hmdb_clip, folder, seed, *which) for which in product(HMDB, range(groups), range(GROUP_CLIPS))])
+    rows = run([partial(write_hmdb_clip, folder, seed, *which) for which in product(HMDB, range(groups), range(clips))])
     for label, split in product(HMDB, (1, 2, 3)):
         tested = tested_groups(groups, split)
-        unused = tested[0], GROUP_CLIPS - 1  # 30 of 100 clips test, and some are left over, as in the original
+        unused = tested[0], clips - 1  # 30 of 100 clips test, and some are left over, as in the original
         sides = ((name, 0 if (group, clip) == unused else 2 if group in tested else 1)
                  for where, group, clip, name in rows if where == label)
         (lists / f'{label}_test_split{split}.txt').write_text(''.join(f'{name} {side} \n' for name, side in sides))
@@ -571,11 +575,11 @@ WRITERS = dict(lrw=write_lrw, lrs2=write_lrs2, grid=write_grid, dfdc=write_dfdc,
                flickr_soundnet=write_flickr_soundnet)
 FULL = dict(
     lrw=dict(train=24, val=4, test=6),  # clips of each word
-    lrs2=dict(pretrain=6, train=8, val=2, test=4),  # programmes of five utterances
+    lrs2=dict(pretrain=6, train=8, val=2, test=4, utterances=5),  # programmes, and utterances of each
     grid=dict(people=4, sentences=20),
-    dfdc=dict(parts=5, rounds=3),  # four actors in each part; videos of each actor, each with a fake
-    ucf101=dict(groups=6),  # of three clips in each of five classes
-    hmdb51=dict(groups=6),
+    dfdc=dict(parts=5, pairs=12),  # each part has four actors; real videos in each, each with a fake
+    ucf101=dict(groups=6, clips=3),  # recordings in each of five classes, and clips of each
+    hmdb51=dict(groups=6, clips=3),  # films
     flickr_soundnet=dict(clips=30),
 )
 
