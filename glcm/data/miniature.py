@@ -10,9 +10,9 @@ __all__ = ['FPS', 'RATE', 'SECONDS', 'SIZES', 'TOYS', 'ESC', 'LAYERS', 'SEEN', '
            'halve', 'background', 'partials', 'sweep', 'lowpass', 'white', 'drum_voice', 'bell_voice', 'lute_voice',
            'woodblock_voice', 'ocarina_voice', 'marimba_voice', 'bee_voice', 'star_voice', 'siren_voice', 'rain_voice',
            'frog_voice', 'note', 'play', 'unit', 'level', 'Toy', 'place', 'toy', 'render', 'boxes', 'compose', 'scene',
-           'speak', 'viseme', 'mouth_track', 'Face', 'person', 'draw_mouth', 'draw_eyes', 'draw_face', 'portraits',
-           'utter', 'talk', 'recording', 'write_mp4', 'read_mp4', 'write_toys', 'write_held_out', 'write_talk',
-           'write_recording', 'write_csv', 'write_tables', 'write_world', 'main']
+           'speak_words', 'speak', 'viseme', 'mouth_track', 'Face', 'person', 'draw_mouth', 'draw_eyes', 'draw_face',
+           'portraits', 'utter', 'talk', 'recording', 'write_mp4', 'read_mp4', 'write_toys', 'write_held_out',
+           'write_talk', 'write_recording', 'write_csv', 'write_tables', 'write_world', 'main']
 
 # %% ../../nbs/01_data.miniature.ipynb #002
 import base64
@@ -74,9 +74,9 @@ def pulse(
     return (strengths * np.exp(-np.clip(age, 0, None) / decay) * (age >= 0)).max(-1, initial=0)
 
 
-def exposures(frames: int):
+def exposures(frames: int, fps: int = FPS):
     "Eight moments inside each frame's exposure: (frames, 8) seconds."
-    return (np.arange(frames)[:, None] + (np.arange(8) + 0.5) / 8) / FPS
+    return (np.arange(frames)[:, None] + (np.arange(8) + 0.5) / 8) / fps
 
 # %% ../../nbs/01_data.miniature.ipynb #009
 def disc(u, v, x=0.0, y=0.0, r=1.0): return np.hypot(u - x, v - y) - r
@@ -219,9 +219,10 @@ def background(
     width: int,  # canvas pixels
     height: int,
     frames: int,
+    fps: int = FPS,
 ):
     "A drifting pattern of two muted colours: (frames, height, width, 3) in [0, 1]."
-    t = np.arange(frames)[:, None, None] / FPS
+    t = np.arange(frames)[:, None, None] / fps
     y, x = np.mgrid[:height, :width]
     angle, period, heading = rng.uniform(0, np.pi), rng.uniform(18, 40), rng.uniform(0, 2 * np.pi)
     x, y = x - 9 * np.cos(heading) * t + rng.uniform(0, 99), y - 9 * np.sin(heading) * t + rng.uniform(0, 99)
@@ -459,13 +460,14 @@ class _Event(ctypes.Structure):
     _fields_ += [('user', ctypes.c_void_p), ('id', _Id)]
 
 
-def _collector(pieces, phonemes):
-    "A callback for espeak-ng that gathers samples and phoneme times."
+def _collector(pieces, phonemes, words):
+    "A callback for espeak-ng that gathers samples and the times of phonemes and words."
     @ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.POINTER(_Event))
     def collect(samples, count, events):
         if samples and count > 0: pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
         k = 0
-        while events[k].type:  # the list ends with type 0; 7 is a phoneme
+        while events[k].type:  # the list ends with type 0; 1 is a word, 7 a phoneme
+            if events[k].type == 1: words.append((events[k].milliseconds / 1000, events[k].text - 1))
             if events[k].type == 7:
                 phonemes.append((events[k].milliseconds / 1000, events[k].id.string.decode()))
             k += 1
@@ -473,17 +475,17 @@ def _collector(pieces, phonemes):
     return collect
 
 # %% ../../nbs/01_data.miniature.ipynb #034
-def speak(
+def speak_words(
     text: str,
     voice: str = 'en-us',  # espeak-ng's name, with a variant such as en-us+f1
     words_per_minute: int = 160,
     pitch: int = 50,  # 0 to 99
-):  # (n,) samples and a list of (seconds, phoneme)
-    "Synthesized speech at 16 kHz with the times of its phonemes; raises `InputError` for an unknown voice."
+):  # (n,) samples, a list of (seconds, phoneme), and a list of (seconds, place of the word in the text)
+    "Synthesized speech at 16 kHz with the times of phonemes and words; raises `InputError` for an unknown voice."
     with tempfile.TemporaryDirectory() as folder:
         espeak = ctypes.CDLL(shutil.copy(espeakng_loader.get_library_path(), folder))
-    pieces, phonemes = [], []
-    collect = _collector(pieces, phonemes)
+    pieces, phonemes, words = [], [], []
+    collect = _collector(pieces, phonemes, words)
     ctypes.CDLL(None).srand(1)  # it draws its noise from the C library
     # mode 2: synchronous, to the callback; options: phoneme events, and no exit of the process on failure
     rate = espeak.espeak_Initialize(2, 0, espeakng_loader.get_data_path().encode(), 1 | 0x8000)
@@ -494,7 +496,17 @@ def speak(
     espeak.espeak_SetParameter(3, pitch, 0)
     espeak.espeak_Synth(text.encode(), len(text.encode()) + 1, 0, 0, 0, 1, None, None)
     espeak.espeak_Terminate()
-    return resample_poly(np.concatenate(pieces) / 32768, 320, 441), phonemes
+    return resample_poly(np.concatenate(pieces) / 32768, 320, 441), phonemes, words
+
+
+def speak(
+    text: str,
+    voice: str = 'en-us',  # as above, with the rate and pitch
+    words_per_minute: int = 160,
+    pitch: int = 50,
+):  # (n,) samples and a list of (seconds, phoneme)
+    "Synthesized speech at 16 kHz with the times of its phonemes."
+    return speak_words(text, voice, words_per_minute, pitch)[:2]
 
 # %% ../../nbs/01_data.miniature.ipynb #035
 VISEMES = {  # first letters of a phoneme -> opening and width of the mouth
@@ -525,9 +537,10 @@ def mouth_track(
     phonemes: list,  # of (seconds, name)
     start: float,  # seconds into the speech at which the clip begins
     frames: int,
+    fps: int = FPS,
 ):
     "Opening and width of the mouth in each frame: (frames, 2), moving over some 60 ms from shape to shape."
-    t = start + exposures(frames)
+    t = start + exposures(frames, fps)
     which = np.searchsorted([when for when, _ in phonemes], np.stack([t - 0.03, t, t + 0.03])) - 1
     shapes = np.array([REST] + [viseme(name) for _, name in phonemes])
     return shapes[which + 1].mean((0, 2))
@@ -552,6 +565,7 @@ class Face:
     lips: tuple
     motion: np.ndarray  # amplitude, frequency and phase of x, y and tilt
     blinks: np.ndarray  # seconds
+    uneven: float = 0.0  # how much larger the right eye of the picture is than the mean of both, in [-1, 1]
 
 
 HAIR = ((0.1, 0.08, 0.07), (0.3, 0.18, 0.1), (0.55, 0.33, 0.15), (0.85, 0.68, 0.35), (0.62, 0.22, 0.1),
@@ -589,7 +603,7 @@ def draw_mouth(canvas, u, v, pixel, opening, width, lips):
 def draw_eyes(canvas, face, u, v, pixel, lid):
     "Eyes under their lids, brows, nose and glasses."
     for side in (-1, 1):
-        x, e = u - side * 0.33, face.eyes
+        x, e = u - side * 0.33, face.eyes * (1 + side * face.uneven)
         white = oval(x, v + 0.08, 0, 0, e * 1.15, max(e * (1 - lid), 0.025))
         paint(canvas, cover(white, pixel), (0.98, 0.98, 0.98) if lid < 0.7 else (0.15, 0.1, 0.1))
         paint(canvas, cover(np.maximum(white, disc(x, v, 0, -0.08, e * 0.62)), pixel), (0.12, 0.1, 0.12))
@@ -710,16 +724,17 @@ X264 = 'asm=0:bframes=6:psy-rd=0.5,0'
 
 def write_mp4(
     path: Path,
-    frames: np.ndarray,  # (T, height, width, 3) uint8, at FPS
+    frames: np.ndarray,  # (T, height, width, 3) uint8, at `fps`
     sound: np.ndarray,  # (n,) float in [-1, 1], at RATE
     crf: int = 32,  # H.264 quality: lower is better and larger
     bits: int = 12000,  # AAC bits per second
+    fps: int = FPS,
 ):
     "Write a clip, the same bytes for the same input."
     layout = {'fflags': '+bitexact', 'chunk_duration': '9000000'}
     quality = {'crf': str(crf), 'preset': 'slow', 'threads': '1', 'x264-params': X264}
     with av.open(str(path), 'w', format='mp4', options=layout) as file:
-        video = file.add_stream('libx264', rate=FPS, options=quality)
+        video = file.add_stream('libx264', rate=fps, options=quality)
         video.height, video.width, video.pix_fmt = *frames.shape[1:3], 'yuv420p'
         audio = file.add_stream('aac', rate=RATE, layout='mono')
         audio.bit_rate = bits
