@@ -222,7 +222,7 @@ def train(
     stores = [ClipStore(Path(clips)/name) for name in config.pretrain.datasets]
     seed_everything(config.seed)
     model = GLCM(config.model).to(device, memory_format=torch.channels_last_3d)
-    optimizer = torch.optim.AdamW(model.parameters(), config.pretrain.lr, weight_decay=config.pretrain.weight_decay)
+    optimizer = torch.optim.AdamW(model.parameters(), config.pretrain.lr, weight_decay=config.pretrain.weight_decay, fused=True)
     state = Resume(Path(resume)/run_hash(config, stores), config, model, optimizer)
     history = state.restore()
     views = TrainingViews(training_clips(stores, config.pretrain.clips), config.views, config.seed)

@@ -1,7 +1,11 @@
 """A dataset with everything that can be wrong: each fault is one row of rejected.csv, and the rest is used."""
 import json
+import os
 import shutil
+import subprocess
+import sys
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -78,9 +82,53 @@ def test_sound_only_dataset(world, tmp_path):
     store = ClipStore(tmp_path/'out')
     assert len(store) == 50 and 'height' not in store.clips[0]
     assert store.mel(0).shape == (80, 600) and store.clips[0]['steps'] == 50
+    with pytest.raises(InputError, match='sound and no pictures'): store.frames(0)
+
+
+def test_silent_films_without_sound(tmp_path):
+    "Action recognition needs no sound, and HMDB51 has none."
+    folder = tmp_path/'films'
+    folder.mkdir()
+    pictures = np.full((30, 64, 80, 3), 90, np.uint8)
+    write_video(folder/'silent.mp4', pictures)
+    write_video(folder/'sounding.mp4', pictures, np.zeros(60000, np.float32))
+    catalogue = read_catalogue('folder', folder, 'films')
+    rejected = preprocess(catalogue, folder, tmp_path/'with', CLIP, AUDIO, STORE, 16)
+    assert rejected[['clip', 'reason']].values.tolist() == [['silent.mp4', 'no audio']]
+
+    rejected = preprocess(catalogue, folder, tmp_path/'without', replace(CLIP, sound=False), AUDIO, STORE, 16)
+    store = ClipStore(tmp_path/'without')
+    assert rejected.empty and [row['steps'] for row in store.clips] == [30, 30]
+    assert np.array_equal(store.planes(0), store.planes(1)) and store.planes(0).shape == (30, 96, 80)
+    with pytest.raises(InputError, match='stored without sound: set datasets.without.sound to true'): store.mel(0)
+
+
+def test_sound_without_sound_is_refused(world, tmp_path):
+    with pytest.raises(InputError, match='holds nothing but sound'):
+        preprocess(read_catalogue('esc50', world/'esc50'), world/'esc50', tmp_path/'out', replace(CLIP, sound=False), AUDIO, STORE, 16)
 
 
 def test_boxes_survive(world, tmp_path):
     preprocess(read_catalogue('vggss', world/'vggss'), world/'vggss', tmp_path/'out', CLIP, AUDIO, STORE, 16)
     official = json.loads((world/'vggss'/'vggss.json').read_text())
     assert [row['boxes'] for row in ClipStore(tmp_path/'out').clips] == [item['bbox'] for item in official]
+
+
+PACK = """
+import hashlib
+import numpy as np
+from glcm.data.shards import StoreConfig, encode_h264
+time, rows, columns = np.arange(40)[:, None, None], np.arange(96)[:, None], np.arange(72)
+planes = (128 + 60*np.sin(0.2*rows + 0.3*time) + 50*np.cos(0.17*columns - 0.5*time) + 9*((rows*columns + 7*time) % 5)).clip(16, 235)
+for width in (64, 72):
+    for _ in range(3):
+        packets = encode_h264(planes[..., :width].astype(np.uint8), 10, StoreConfig('h264', 22, 16))
+        print(hashlib.sha256(b''.join(packets)).hexdigest())
+"""
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='only glibc can fill fresh memory with a value')
+def test_packets_do_not_depend_on_what_memory_held():
+    outputs = {subprocess.run([sys.executable, '-c', PACK], env=os.environ | dict(MALLOC_PERTURB_=str(fill)), capture_output=True, text=True,
+                              check=True).stdout for fill in (0, 1, 85, 254)}
+    assert len(outputs) == 1 and len(set(outputs.pop().split())) == 2

@@ -46,6 +46,7 @@ class ClipConfig:
     max_rejected: float  # fraction of unusable files above which preprocessing fails
     reader: str | None = None  # which layout its folder has; default: the one called like the dataset
     crop: Literal['none', 'lips', 'face'] = 'none' # what is kept of the frames; crops need glcm[faces]
+    sound: bool = True         # False: pictures alone are kept, and silent films are as good as others
     clips: int | None = None   # so many clips, chosen at random; default: all
 
     def __post_init__(self):
@@ -85,17 +86,18 @@ def encode_clip(
     "Decode a file and pack what is kept of it; raises `Rejection`."
     clip, audio, rate = settings.clip, settings.audio, settings.audio.sample_rate
     side = clip.short_side if clip.crop == 'none' else FACE_SIDE
-    recording = read_recording(path, None if settings.sound_only else clip.fps, side, rate)
-    first = round((start or 0)*clip.fps)
-    waveform = recording.waveform[round(first/clip.fps*rate):]
-    steps = int(len(waveform)/rate*clip.fps + 1e-3)
-    if not settings.sound_only: steps = min(len(recording.planes) - first, steps + 1)
-    if end is not None: steps = min(steps, round(end*clip.fps) - first)
+    recording = read_recording(path, None if settings.sound_only else clip.fps, side, rate if clip.sound else None)
+    first, per_second, waveform, planes, mel = round((start or 0)*clip.fps), rate/audio.hop, None, None, None
+    lengths = [] if end is None else [round(end*clip.fps) - first]
+    if not settings.sound_only: lengths.append(len(recording.planes) - first)
+    if clip.sound:
+        waveform = recording.waveform[round(first/clip.fps*rate):]
+        lengths.append(int(len(waveform)/rate*clip.fps + 1e-3) + (not settings.sound_only)) # sound may end within the last picture
+    steps = min(lengths)
     if steps < settings.min_frames:
-        raise Rejection('too short', f'{path.name}: {max(0, steps)/clip.fps:.1f} s of picture and sound, {settings.min_frames/clip.fps:.1f} s needed')
-    planes = None if settings.sound_only else _cropped(recording.planes[first:first + steps], waveform, settings)
-    per_second = rate/audio.hop
-    mel = log_mel(waveform, round(steps*per_second/clip.fps), audio)
+        raise Rejection('too short', f'{path.name}: {max(0, steps)/clip.fps:.1f} s can be used, {settings.min_frames/clip.fps:.1f} s are needed')
+    if not settings.sound_only: planes = _cropped(recording.planes[first:first + steps], waveform, settings)
+    if clip.sound: mel = log_mel(waveform, round(steps*per_second/clip.fps), audio)
     return pack_clip(planes, mel, steps, clip.fps, per_second, settings.store)
 
 # %% ../../nbs/10_data.preprocess.ipynb #008
@@ -357,6 +359,7 @@ def preprocess(
     "Decode a whole dataset into clip shards; raises `InputError` if more than `max_rejected` of it cannot be used."
     out, kept = Path(out), Path(out).parent/f'.{Path(out).name}.unfinished'
     settings = Settings(clip, audio, store, min_frames, bool(catalogue.path.str.lower().str.endswith(SOUND).all()))
+    if settings.sound_only and not clip.sound: raise InputError(f'{folder} holds nothing but sound: sound: false leaves nothing of it')
     blocks = blocks_of(catalogue, Path(folder), settings, kept)
     outcomes = [block.finished() for block in blocks]
     todo = [row for block, outcome in zip(blocks, outcomes) if outcome is None for row in block.rows]

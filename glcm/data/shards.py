@@ -65,7 +65,7 @@ def encode_h264(
     encoder.width, encoder.height, encoder.pix_fmt = planes.shape[2], planes.shape[1]*2//3, 'yuv420p'
     encoder.framerate, encoder.time_base, encoder.thread_count = rate, 1/rate, 1
     encoder.options = {'crf': str(config.crf), 'preset': 'veryfast', 'tune': 'fastdecode',
-        'x264-params': f'keyint={config.keyframe}:min-keyint={config.keyframe}:scenecut=0:bframes=0:threads=1'}
+        'x264-params': f'keyint={config.keyframe}:min-keyint={config.keyframe}:scenecut=0:bframes=0:mbtree=0:threads=1'}
     frames = [_as_frame(picture, k, rate) for k, picture in enumerate(planes)]
     return [bytes(packet) for frame in (*frames, None) for packet in encoder.encode(frame)]
 
@@ -106,21 +106,23 @@ def columns_until(
 # %% ../../nbs/09_data.shards.ipynb #014
 def pack_clip(
     planes: np.ndarray | None, # (F, 3h/2, w) uint8; None for a dataset without pictures
-    mel: np.ndarray, # (bands, N) float32 log10 mel energies
+    mel: np.ndarray | None, # (bands, N) float32 log10 mel energies; None for a dataset without sound
     steps: int, # length of the clip, visual steps
     fps: int, # visual steps per second
     columns_per_second: float, # of the spectrogram
     config: StoreConfig, # container and quality
 ) -> tuple[dict, dict]: # members (suffix -> chunks), entries of the index
     "Pictures and spectrogram of a clip as they are stored."
-    levels, raw = to_levels(mel), config.container == 'raw'
-    edges = columns_until(np.arange(0, steps + config.keyframe, config.keyframe).clip(max=steps), fps, columns_per_second)
-    spans = [levels[:, a:b] for a, b in zip(edges, edges[1:])]
-    members = {'mel.raw' if raw else 'mel.zlib': [span.tobytes() if raw else _pack_mel(span) for span in spans]}
-    if planes is None: return members, dict(steps=steps)
-    pictures = [picture.tobytes() for picture in planes] if raw else encode_h264(planes, fps, config)
-    members['i420' if raw else 'h264'] = pictures
-    return members, dict(steps=steps, height=planes.shape[1]*2//3, width=planes.shape[2])
+    members, entries, raw = {}, dict(steps=steps), config.container == 'raw'
+    if mel is not None:
+        edges = columns_until(np.arange(0, steps + config.keyframe, config.keyframe).clip(max=steps), fps, columns_per_second)
+        levels = to_levels(mel)
+        spans = [levels[:, a:b] for a, b in zip(edges, edges[1:])]
+        members['mel.raw' if raw else 'mel.zlib'] = [span.tobytes() if raw else _pack_mel(span) for span in spans]
+    if planes is not None:
+        members['i420' if raw else 'h264'] = [picture.tobytes() for picture in planes] if raw else encode_h264(planes, fps, config)
+        entries |= dict(height=planes.shape[1]*2//3, width=planes.shape[2])
+    return members, entries
 
 # %% ../../nbs/09_data.shards.ipynb #016
 def write_shard(
@@ -215,6 +217,7 @@ class ClipStore:
         "Pictures `start` to `stop` of clip `i`, as planes."
         row = self.clips[i]
         stop = row['steps'] if stop is None else stop
+        if 'width' not in row: raise InputError(f'the clips in {self.folder} have sound and no pictures')
         if 'i420' in row['places']:
             data, _ = self._read(row, 'i420', start, stop)
             return np.frombuffer(data, np.uint8).reshape(stop - start, -1, row['width'])
@@ -232,6 +235,8 @@ class ClipStore:
         stop = row['steps'] if stop is None else stop
         first, last = start//every, -(-stop//every)
         raw = 'mel.raw' in row['places']
+        if not raw and 'mel.zlib' not in row['places']:
+            raise InputError(f"the clips in {self.folder} were stored without sound: set datasets.{self.folder.name}.sound to true")
         chunks = self._chunks(row, 'mel.raw' if raw else 'mel.zlib', first, last)
         try: levels = [np.frombuffer(c, np.uint8).reshape(bands, -1) if raw else _unpack_mel(c, bands) for c in chunks]
         except (zlib.error, ValueError) as e: raise InputError(f"clip {row['clip']} in {self.folder/row['shard']}: {e}; {self._remedy()}") from None

@@ -68,7 +68,7 @@ def finetune_sound(
     "Train the whole audio encoder and a linear layer on labelled recordings."
     seed_everything(seed)
     classifier = SoundClassifier(model, classes).train()
-    optimizer = torch.optim.AdamW(classifier.parameters(), config.lr, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(classifier.parameters(), config.lr, weight_decay=config.weight_decay, fused=True)
     steps = config.epochs*(len(mels)//config.batch or 1)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     for epoch in range(config.epochs):
