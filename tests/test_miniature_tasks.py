@@ -9,11 +9,15 @@ import av
 import numpy as np
 import pytest
 
-from glcm.core import InputError
+from glcm.core import InputError, parse, read_params
 from glcm.data import miniature_tasks
+from glcm.data.audio import AudioConfig
+from glcm.data.catalogue import read_catalogue
 from glcm.data.miniature import seeded
 from glcm.data.miniature_tasks import (FAKES, FULL, GRID, HMDB, LIP_WORDS, UCF, VOICES, WRITERS, cast, deepfake_shot, grid_name,
                                        lrw_shot, made_as, programme, speakers, trajectory, write_tasks)
+from glcm.data.preprocess import ClipConfig, preprocess
+from glcm.data.shards import ClipStore, StoreConfig
 
 TINY = dict(lrw=dict(train=1, val=0, test=1), lrs2=dict(pretrain=1, train=1, val=1, test=1, utterances=1),
             grid=dict(people=2, sentences=1), dfdc=dict(parts=3, pairs=1), ucf101=dict(groups=3, clips=2),
@@ -44,6 +48,19 @@ def test_same_seed_same_bytes(world, tmp_path):
     write_tasks(tmp_path, sizes=some, workers=2)
     before = digests(world)
     assert digests(tmp_path) == {name: value for name, value in before.items() if name.split('/')[0] in some}
+
+
+@pytest.mark.parametrize('reader, settings', [
+    ('lrw', dict(fps=25)), ('lrs2', dict(fps=25)), ('grid', dict(fps=25)), ('grid_words', dict(fps=25)), ('dfdc', dict(fps=10)),
+    ('ucf101', dict(fps=10, sound=False)), ('hmdb51', dict(fps=10, sound=False)), ('flickr_soundnet', dict(fps=10))])
+def test_every_clip_can_be_used(world, tmp_path, reader, settings):
+    folder, params = world/reader.removesuffix('_words'), read_params()
+    clip = ClipConfig(short_side=64, max_rejected=0.0, **settings)
+    catalogue = read_catalogue(reader, folder)
+    preprocess(catalogue, folder, tmp_path/reader, clip, parse(AudioConfig, params['audio'], 'audio'), parse(StoreConfig, params['store'], 'store'), 3)
+    store = ClipStore(tmp_path/reader)
+    assert [row['clip'] for row in store.clips] == catalogue['clip'].tolist() and len(catalogue)
+    assert min(store.frames(0).shape[-2:]) == 64
 
 
 def test_existing_folder_is_refused_before_anything_is_written(tmp_path):
