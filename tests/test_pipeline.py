@@ -1,5 +1,6 @@
 """The whole pipeline on a tiny world: it runs, does nothing twice, and reruns just what a change asks for."""
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -38,20 +39,25 @@ def change(folder, section, **values):
     (folder/'params.yaml').write_text(yaml.safe_dump(params, sort_keys=False))
 
 
-@pytest.fixture(scope='module')
-def project(tmp_path_factory):
-    "A copy of the repository, with tiny parameters and a tiny world, after one `dvc repro`."
-    folder = tmp_path_factory.mktemp('glcm')/'project'
+def copy_of_the_repository(folder, params):
+    "Its code with other parameters, without data and results."
     tracked = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0')
     for name in filter(None, tracked):
         if name.startswith(('.git/', 'sample/', 'results/')) or name in ('data.dvc', 'dvc.lock') or not (ROOT/name).exists(): continue
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
         (folder/name).write_bytes((ROOT/name).read_bytes())
+    (folder/'params.yaml').write_text(yaml.safe_dump(params, sort_keys=False))
+    run(folder, 'git', 'init', '-q')
+
+
+@pytest.fixture(scope='module')
+def project(tmp_path_factory):
+    "A copy of the repository, with tiny parameters and a tiny world, after one `dvc repro`."
+    folder = tmp_path_factory.mktemp('glcm')/'project'
     params = tiny_params()
     params['finetune']['esc50']['epochs'] = 1
-    (folder/'params.yaml').write_text(yaml.safe_dump(params, sort_keys=False))
+    copy_of_the_repository(folder, params)
     write_world(folder/'data', workers=0, train=5, validate=1, speech=3, held_out=3, recordings=1)
-    run(folder, 'git', 'init', '-q')
     run(folder, 'dvc', 'repro')
     return folder
 
@@ -102,3 +108,19 @@ def test_wrong_parameter_is_named_and_leaves_nothing(project):
     finally: (project/'params.yaml').write_text(before)
     run(project, 'dvc', 'repro')
     assert (project/'artifacts'/'pretrain'/'glcm-0'/'checkpoint.pt').exists()
+
+
+def test_own_videos_are_enough_to_pretrain(tmp_path):
+    "A folder of films, a few lines of params.yaml, and one command."
+    folder, params = tmp_path/'project', tiny_params()
+    params['datasets'] = dict(holiday=dict(reader='folder', fps=10, short_side=64, max_rejected=0.5))
+    params['pretrain']['datasets'] = ['holiday']
+    copy_of_the_repository(folder, params)
+    write_world(tmp_path/'world', workers=0, train=5, validate=0, speech=0, held_out=0, recordings=0)
+    for k, film in enumerate(sorted((tmp_path/'world'/'kinetics700').rglob('*.mp4'))):
+        (folder/'data'/'holiday'/f'day {k//3}').mkdir(parents=True, exist_ok=True)
+        shutil.copy(film, folder/'data'/'holiday'/f'day {k//3}'/f'film {k}.mp4')
+    (folder/'data'/'holiday'/'notes.mp4').write_text('not a film')
+    assert ran(run(folder, 'dvc', 'repro', 'pretrain')) == {'preprocess', 'gather', 'pretrain'}
+    assert (folder/'artifacts'/'pretrain'/'glcm-0'/'checkpoint.pt').exists()
+    assert pd.read_csv(folder/'artifacts'/'clips'/'holiday'/'rejected.csv')[['clip', 'reason']].values.tolist() == [['notes.mp4', 'does not decode']]
