@@ -142,6 +142,15 @@ def test_file_that_hangs_is_rejected_and_the_rest_used(kinetics, tmp_path):
     assert len(ClipStore(tmp_path/'out')) == 6 - len(rejected)
 
 
+def test_longer_time_limit_gives_files_another_chance(kinetics, tmp_path):
+    table = read_catalogue('kinetics700', kinetics).head(6)
+    def attempt(seconds):
+        return preprocess(table, kinetics, tmp_path/'out', CLIP, AUDIO, STORE, 16, PreprocessConfig(time_limit=seconds))
+    with pytest.raises(InputError, match='6 x takes too long'): attempt(1e-6)
+    assert 'takes too long' not in attempt(60.0).reason.tolist()
+    assert len(ClipStore(tmp_path/'out')) >= 5
+
+
 @pytest.mark.parametrize('sign', [signal.SIGSEGV, signal.SIGKILL])
 def test_crash_of_the_decoder_is_a_rejection(kinetics, tmp_path, sign):
     os.mkfifo(tmp_path/'crash.mp4')

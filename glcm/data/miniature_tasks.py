@@ -9,8 +9,8 @@ __all__ = ['FPS', 'SIDE', 'VOICES', 'LIP_WORDS', 'CONTEXT', 'LRW_FRAMES', 'GRAMM
            'shoot', 'paste', 'film', 'word_shot', 'lrw_shot', 'write_lrw_clip', 'write_lrw', 'sentence', 'programme',
            'sentence_shot', 'write_sentence', 'write_lrs2', 'grid_name', 'grid_shot', 'encode', 'write_old',
            'write_grid_clip', 'write_grid', 'deepfake_shot', 'cast', 'made_as', 'dfdc_names', 'write_deepfake',
-           'write_dfdc', 'pose', 'circling', 'bouncing', 'rolling', 'shaking', 'nodding', 'spinning', 'swelling',
-           'weaving', 'swinging', 'jumping', 'trajectory', 'action', 'quantizer', 'tested_groups', 'write_ucf_clip',
+           'write_dfdc', 'pose', 'circling', 'bouncing', 'rolling', 'shaking', 'swinging', 'nodding', 'spinning',
+           'swelling', 'weaving', 'jumping', 'trajectory', 'action', 'quantizer', 'tested_groups', 'write_ucf_clip',
            'write_ucf101', 'write_hmdb_clip', 'write_hmdb51', 'annotations', 'write_flickr_clip',
            'write_flickr_soundnet', 'write_tasks', 'main']
 
@@ -421,31 +421,56 @@ def pose(x=0.0, y=0.0, turn=0.0, grow=0.0):
     return np.stack(np.broadcast_arrays(x, y, turn, grow), -1).astype(float)
 
 
-def circling(p, s): return pose(x=0.1 * np.cos(2 * np.pi * p), y=0.1 * s * np.sin(2 * np.pi * p))
-def bouncing(p, s): return pose(y=0.12 - 0.24 * np.abs(np.sin(np.pi * p)))
-def rolling(p, s): return pose(x=s * (0.5 * np.abs(2 * (p % 1) - 1) - 0.25), turn=s * 2 * np.abs(2 * (p % 1) - 1))
-def shaking(p, s): return pose(x=0.04 * np.sin(2 * np.pi * p), turn=0.12 * np.sin(2 * np.pi * p))
-def nodding(p, s): return pose(turn=0.7 * np.sin(2 * np.pi * p))
-def spinning(p, s): return pose(turn=2 * np.pi * s * p)
-def swelling(p, s): return pose(grow=0.35 * np.sin(2 * np.pi * p))
-def weaving(p, s): return pose(x=0.15 * np.sin(2 * np.pi * p), y=0.08 * s * np.sin(4 * np.pi * p))
+# Each motion takes p, the cycles done so far, (T,), and s, its sense, 1 or -1, and gives poses (T, 4).
+def circling(p, s):
+    "Round and round."
+    return pose(x=0.1 * np.cos(2 * np.pi * p), y=0.1 * s * np.sin(2 * np.pi * p))
 
+def bouncing(p, s):
+    "Up from the ground and back, as a ball."
+    return pose(y=0.12 - 0.24 * np.abs(np.sin(np.pi * p)))
+
+def rolling(p, s):
+    "To one side and back, turning with the way."
+    return pose(x=s * (0.5 * np.abs(2 * (p % 1) - 1) - 0.25), turn=s * 2 * np.abs(2 * (p % 1) - 1))
+
+def shaking(p, s):
+    "A tremble."
+    return pose(x=0.04 * np.sin(2 * np.pi * p), turn=0.12 * np.sin(2 * np.pi * p))
 
 def swinging(p, s):
+    "As the bob of a pendulum."
     angle = 0.9 * np.sin(2 * np.pi * p)
     return pose(x=0.16 * np.sin(angle), y=0.16 * (np.cos(angle) - 0.8), turn=-angle)
 
+# %% ../../nbs/02_data.miniature_tasks.ipynb #032
+def nodding(p, s):
+    "Tilting to and fro in its place."
+    return pose(turn=0.7 * np.sin(2 * np.pi * p))
+
+def spinning(p, s):
+    "Turning about itself."
+    return pose(turn=2 * np.pi * s * p)
+
+def swelling(p, s):
+    "Larger and smaller."
+    return pose(grow=0.35 * np.sin(2 * np.pi * p))
+
+def weaving(p, s):
+    "A figure of eight."
+    return pose(x=0.15 * np.sin(2 * np.pi * p), y=0.08 * s * np.sin(4 * np.pi * p))
 
 def jumping(p, s):
+    "Off the ground, and a rest."
     flight = np.clip((p % 1) / 0.55, 0, 1)
     return pose(y=0.1 - 0.8 * flight * (1 - flight))
 
-
+# %% ../../nbs/02_data.miniature_tasks.ipynb #033
 # class -> (motion, seconds in which it repeats)
 UCF = dict(Bounce=(bouncing, 0.9), Circle=(circling, 1.2), Roll=(rolling, 1.6), Shake=(shaking, 0.32), Swing=(swinging, 1.2))
 HMDB = dict(figure_eight=(weaving, 1.6), jump=(jumping, 0.9), nod=(nodding, 0.9), spin=(spinning, 1.6), swell=(swelling, 1.2))
 
-# %% ../../nbs/02_data.miniature_tasks.ipynb #032
+# %% ../../nbs/02_data.miniature_tasks.ipynb #034
 def trajectory(
     rng: np.random.Generator,
     motions: dict,  # UCF or HMDB
@@ -484,12 +509,14 @@ def action(
     film = np.round(255 * np.stack([halve(canvas) for canvas in canvases])).astype(np.uint8)
     return film, level(unit(sound[:round(frames / fps * RATE)]) + noise, rng.uniform(-30, -22)), track
 
-# %% ../../nbs/02_data.miniature_tasks.ipynb #035
+# %% ../../nbs/02_data.miniature_tasks.ipynb #037
 FILMS = ('Marbles_on_Monday', 'The_Tin_Garden', 'Kettle_and_Moon', 'A_Room_of_Kites', 'Paper_Harbour', 'Seven_Buttons', 'Old_Spinning_Wheel',
          'Night_of_the_Tops')  # a film of HMDB51 is a group
 
 
-def quantizer(*key): return int(seeded(*key, 'quality').choice([4, 5, 6, 8, 11, 16]))  # by chance, so that a size tells less
+def quantizer(*key):
+    "Coarseness of a clip's compression, by chance, so that a size tells less."
+    return int(seeded(*key, 'quality').choice([4, 5, 6, 8, 11, 16]))
 
 
 def tested_groups(groups, split):
@@ -519,7 +546,7 @@ def write_ucf101(folder, seed, run, groups, clips):
         for side, lines in (('test', test), ('train', train)):
             (lists / f'{side}list{split:02d}.txt').write_text(''.join(f'{line}\n' for line in lines))
 
-# %% ../../nbs/02_data.miniature_tasks.ipynb #036
+# %% ../../nbs/02_data.miniature_tasks.ipynb #038
 def write_hmdb_clip(folder, seed, label, group, clip):
     "Write a clip of HMDB51; returns its class, group, number in the group and name."
     frames, _, _ = action((seed, 'hmdb51', label, group, clip), (seed, 'hmdb51', group), HMDB, label, 60, 30)
@@ -541,7 +568,7 @@ def write_hmdb51(folder, seed, run, groups, clips):
                  for where, group, clip, name in rows if where == label)
         (lists / f'{label}_test_split{split}.txt').write_text(''.join(f'{name} {side} \n' for name, side in sides))
 
-# %% ../../nbs/02_data.miniature_tasks.ipynb #038
+# %% ../../nbs/02_data.miniature_tasks.ipynb #040
 def annotations(
     rng: np.random.Generator,
     box,  # x1, y1, x2, y2 in 0..1
@@ -570,7 +597,7 @@ def write_flickr_soundnet(folder, seed, run, clips):
     for kind in ('clips', 'Annotations'): (folder / kind).mkdir(parents=True)
     run([partial(write_flickr_clip, folder, seed, index) for index in range(clips)])
 
-# %% ../../nbs/02_data.miniature_tasks.ipynb #040
+# %% ../../nbs/02_data.miniature_tasks.ipynb #042
 WRITERS = dict(lrw=write_lrw, lrs2=write_lrs2, grid=write_grid, dfdc=write_dfdc, ucf101=write_ucf101, hmdb51=write_hmdb51,
                flickr_soundnet=write_flickr_soundnet)
 FULL = dict(
@@ -601,9 +628,11 @@ def write_tasks(
     with ProcessPoolExecutor(workers) if workers else nullcontext() as pool:
         for name, numbers in sizes.items():
             def run(jobs): return list(tqdm((pool.map if pool else map)(_call, jobs), total=len(jobs), desc=name, unit='clip'))
-            with atomic_path(Path(folder) / name) as home: WRITERS[name](home, seed, run, **numbers)
+            with atomic_path(Path(folder) / name) as home:
+                WRITERS[name](home, seed, run, **numbers)
+                if (Path(folder) / name).exists(): raise InputError(f'{Path(folder) / name} has appeared meanwhile: it is left as it is')
 
-# %% ../../nbs/02_data.miniature_tasks.ipynb #064
+# %% ../../nbs/02_data.miniature_tasks.ipynb #066
 @call_parse
 def main(
     folder: str,  # the data folder, such as data
