@@ -11,10 +11,10 @@ from glcm.losses import LossConfig
 from glcm.model import GLCM, ModelConfig, glcm_loss
 
 MINIATURE = ModelConfig(
-    width=4, embedding=16, bands=80, global_frames=4, slices_per_step=3, mel_per_step=12, grid=8,
+    encoders='r3d', width=4, embedding=16, local_embedding=0, bands=80, global_frames=4, slices_per_step=3, mel_per_step=12, grid=8,
     global_stride=8, local_stride=16, projection='linear', pooling='attention', attention_temperature=0.07,
     detach_attention=False, normalize=True)
-LOSS = LossConfig(temperature=0.07, count_positives='once', local_weight=1., mil=True, block=0)
+LOSS = LossConfig(temperature=0.07, count_positives='once', local_weight=1., mil=True, block=0, negatives='world')
 LOCAL = {'local_encoder', 'video_local', 'audio_local'}
 GLOBAL = {'global_encoder', 'video_global', 'audio_global'}
 
@@ -210,7 +210,7 @@ def test_views_that_do_not_fit_together(video, audio, message):
     (dict(slices_per_step=5), '12 is not divisible'), (dict(slices_per_step=4), '= 3 is impossible'),
     (dict(mel_per_step=9), '= 3 is impossible'), (dict(global_stride=64), 'global_stride 64'),
     (dict(local_stride=3), 'local_stride 3'), (dict(embedding=0), 'embedding 0'), (dict(grid=-1), 'grid'),
-    (dict(pooling='max'), 'max'), (dict(projection='deep'), 'deep'), (dict(projection='none'), '32, not 16'),
+    (dict(pooling='max'), 'max'), (dict(projection='deep'), 'deep'), (dict(projection='none'), '32, not r3d and 16'),
     (dict(attention_temperature=-1.), 'attention_temperature')])
 def test_impossible_models(change, message):
     with pytest.raises(InputError, match=message): replace(MINIATURE, **change)
