@@ -96,10 +96,11 @@ class ResNet18(nn.Module):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
 
     def forward(self, x):
-        x = self.pool(self.relu(self.bn1(self.conv1(x))))
-        for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
+        for stage in (self.stem, self.layer1, self.layer2, self.layer3, self.layer4):
             x = checkpoint(stage, x, use_reentrant=False) if self.recompute else stage(x)
         return x
+
+    def stem(self, x): return self.pool(self.relu(self.bn1(self.conv1(x))))
 
 # %% ../nbs/12_encoders.ipynb #012
 def video_resnet18(

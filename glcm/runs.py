@@ -71,13 +71,14 @@ def run_config(
     seed: int, # of the run
 ) -> RunConfig:
     "The configuration of one variant; raises `InputError` for anything that does not fit together."
-    if variant not in params['variants']:
-        raise InputError(f'no variant {variant!r} in params.yaml; there are: {", ".join(params["variants"])}')
-    sections = {name: params[name] for name in ('audio', 'views', 'model', 'loss', 'pretrain')}
-    sections = override(sections, params['variants'][variant], f'variants.{variant}')
+    if variant not in (variants := params.get('variants') or {}):
+        raise InputError(f'no variant {variant!r} in params.yaml; there are: {", ".join(variants)}')
+    sections = {name: params.get(name, {}) for name in ('audio', 'views', 'model', 'loss', 'pretrain')}
+    sections = override(sections, variants[variant], f'variants.{variant}')
     audio = parse(AudioConfig, sections['audio'], 'audio')
-    rates = {name: params['datasets'][name]['fps'] for name in sections['pretrain']['datasets'] if name in params['datasets']}
-    if missing := [name for name in sections['pretrain']['datasets'] if name not in rates]:
+    names = parse(PretrainConfig, sections['pretrain'], 'pretrain').datasets
+    rates = {name: params['datasets'][name]['fps'] for name in names if name in params['datasets']}
+    if missing := [name for name in names if name not in rates]:
         raise InputError(f'pretrain.datasets names {", ".join(missing)}; `datasets` has: {", ".join(params["datasets"])}')
     if len(set(rates.values())) != 1: raise InputError(f'pretrain.datasets must share one frame rate, not {rates}')
     sections['model'] = sections['model'] | dict(bands=audio.bands, mel_per_step=audio.mel_per_step(*set(rates.values())))

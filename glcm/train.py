@@ -246,9 +246,9 @@ def _steps(network, model, optimizer, views, config, machine, history, state, st
     begin, steps, first = len(history), config.pretrain.steps, ranks.rank == 0
     batches = iter(training_batches(views, config.pretrain.batch, steps, begin, machine.workers, ranks.rank, ranks.size))
     meter = ranks.timed = StepMeter(ranks.device)
+    work = config.pretrain.batch/ranks.size*clip_teraflops(config) if first else 0
     gradients, sent, saved = sum(4*p.numel() for p in model.parameters() if p.requires_grad), ranks.sent, time.monotonic()
-    report = lambda: print(meter.report(config.pretrain.batch, config.pretrain.batch/ranks.size*clip_teraflops(config),
-                                        gradients + (ranks.sent - sent)/(len(history) - begin) if ranks.size > 1 else 0))
+    report = lambda: print(meter.report(config.pretrain.batch, work, gradients + (ranks.sent - sent)/(len(history) - begin) if ranks.size > 1 else 0))
     bar = progress(range(begin, steps), f'{config.variant}, seed {config.seed}', steps, initial=begin) if first else range(begin, steps)
     for step in bar:
         with meter('data'): batch = next(batches)
@@ -259,6 +259,7 @@ def _steps(network, model, optimizer, views, config, machine, history, state, st
         if first and (stopping or time.monotonic() - saved > 60*machine.checkpoint_minutes):
             state.save(history, model, optimizer)
             saved = time.monotonic()
+            report()
         if stopping:
             number = signal.Signals(stop[0] if stop else signal.SIGTERM)
             raise Stopped(f'stopped by {number.name} after step {step}: the same call goes on from {state.folder}', number)
@@ -278,7 +279,7 @@ def pretrain(
     unfinished: str | Path, # folder for the states of unfinished runs, a folder each
 ) -> pd.DataFrame: # step, loss, global_loss, local_loss and lr of each step
     "Pretrain one variant with one seed on `machine.gpus` devices of this machine, or go on with what an interrupted call left."
-    config, machine = run_config(params, variant, seed), parse(MachineConfig, params['machine'], 'machine')
+    config, machine = run_config(params, variant, seed), parse(MachineConfig, params.get('machine', {}), 'machine')
     stores = [ClipStore(Path(clips)/name) for name in config.pretrain.datasets]
     resume = Path(unfinished)/run_hash(config, data_hash(stores))
     if machine.gpus == 1: return train(config, machine, clips, out, resume)
@@ -303,7 +304,7 @@ def main(arguments: list[str] | None = None):
     name = f'{given.variant}-{given.seed}'
     try:
         params = read_params(given.params)
-        config, machine = run_config(params, given.variant, given.seed), parse(MachineConfig, params['machine'], 'machine')
+        config, machine = run_config(params, given.variant, given.seed), parse(MachineConfig, params.get('machine', {}), 'machine')
         train(config, machine, given.clips, given.out or f'artifacts/pretrain/{name}', given.resume or f'artifacts/.resume/{name}')
     except Stopped as e:
         print(e, file=sys.stderr)

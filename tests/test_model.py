@@ -214,3 +214,21 @@ def test_views_that_do_not_fit_together(video, audio, message):
     (dict(attention_temperature=-1.), 'attention_temperature')])
 def test_impossible_models(change, message):
     with pytest.raises(InputError, match=message): replace(MINIATURE, **change)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    video, audio = clips()
+    gradients = []
+    for recompute in (False, True):
+        model = build().train()
+        for encoder in (model.global_encoder, model.local_encoder, model.audio_encoder): encoder.recompute = recompute
+        glcm_loss(model(video, audio), LOSS)['loss'].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert torch.allclose(*gradients, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize('changes', [dict(encoders='slow_fast', width=8, local_embedding=4), dict(local_embedding=4)])
+def test_local_embeddings_of_their_own_size(changes):
+    z = build(**changes)(*clips())
+    assert (z.audio_global.shape[1], z.video_global.shape[1], z.audio_local.shape[1], z.video_local.shape[1]) == (16, 16, 4, 4)
+    assert torch.isfinite(glcm_loss(z, LOSS)['loss'])

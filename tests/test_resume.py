@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 
 import pytest
 import torch
@@ -85,3 +86,15 @@ def test_changed_code_is_not_gone_on_with(unbroken, monkeypatch):
     monkeypatch.setattr('glcm.runs.code_version', lambda: dict(code='other', commit='4711'))
     with pytest.raises(InputError, match=r'code: [0-9a-f]{16} then, other now\n.*commit: .* then, 4711 now'):
         tiny_train(unbroken, 'changed', resume.name)
+
+
+@pytest.mark.slow
+def test_compiled_run_learns_the_same(unbroken):
+    params = tiny_params()
+    machine = parse(MachineConfig, params['machine'] | dict(compile=True), 'machine')
+    config = run_config(override(params, dict(pretrain=dict(precision='float32')), 'the test'), 'glcm', 0)
+    runs = [train(config, replace(machine, compile=compiled), unbroken/'clips', unbroken/f'compiled-{compiled}', unbroken/'resume-compiled')
+            for compiled in (True, False)]
+    assert runs[0].loss.tolist() == pytest.approx(runs[1].loss.tolist(), rel=1e-3)
+    model, config = load_model(unbroken/'compiled-True'/'checkpoint.pt')
+    assert not any('_orig_mod' in name for name in model.state_dict())
