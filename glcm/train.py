@@ -126,7 +126,8 @@ def training_step(
     device: torch.device,
     ranks: Ranks = ALONE, # processes that train together, each on its own batch
     timed=lambda part: nullcontext(), # a `StepMeter`
-) -> dict: # loss, global_loss, local_loss and lr, as numbers; losses are means over the ranks
+    stop: bool = False, # whether this rank was asked to end
+) -> dict: # loss, global_loss, local_loss and lr, as numbers; losses are means over the ranks; and whether any rank was asked to stop
     "One forward, backward and Adam update; raises `Diverged` before bad numbers reach the weights."
     lr = learning_rate(step, config.pretrain)
     for group in optimizer.param_groups: group['lr'] = lr
@@ -135,17 +136,18 @@ def training_step(
         planes, audio, shift = (batch[k].to(device, non_blocking=True) for k in ('planes', 'audio', 'shift'))
         parts = list(zip(*(x.chunk(config.pretrain.accumulate) for x in (to_rgb(planes).transpose(1, 2), audio))))
         embeddings = _forward(model, parts[0], config) if len(parts) == 1 else _detached(model, parts, config)
-    with timed('loss'):
-        losses = glcm_loss(embeddings.overlap(shift, config.views.shift), config.loss, ranks)
-        values = dict(zip(losses, ranks.mean(torch.stack([value.detach() for value in losses.values()])).tolist()))
-    if not all(map(math.isfinite, values.values())):
-        raise Diverged(f'the loss is not finite at step {step} ({values}) for clips {", ".join(batch["clip"])}: '
-                       'lower pretrain.lr, or look at these clips')
+    with timed('loss'): losses = glcm_loss(embeddings.overlap(shift, config.views.shift), config.loss, ranks)
     with timed('backward'):
         losses['loss'].backward()
         if len(parts) > 1: _backward(model, parts, embeddings, config)
+    told = torch.stack([value.detach() for value in losses.values()] + [losses['loss'].new_tensor(float(stop))])
+    *values, stopping = ranks.mean(told).tolist() # the only time in a step that the CPU waits for the device
+    values = dict(zip(losses, values))
+    if not all(map(math.isfinite, values.values())):
+        raise Diverged(f'the loss is not finite at step {step} ({values}) for clips {", ".join(batch["clip"])}: '
+                       'lower pretrain.lr, or look at these clips')
     with timed('optimizer'): optimizer.step()
-    return values | dict(lr=lr)
+    return values | dict(lr=lr, stop=stopping > 0)
 
 # %% ../nbs/18_train.ipynb #016
 def _forward(model, part, config):
@@ -252,10 +254,10 @@ def _steps(network, model, optimizer, views, config, machine, history, state, st
     bar = progress(range(begin, steps), f'{config.variant}, seed {config.seed}', steps, initial=begin) if first else range(begin, steps)
     for step in bar:
         with meter('data'): batch = next(batches)
-        values = training_step(network, optimizer, batch, config, step, ranks.device, ranks, meter)
+        values = training_step(network, optimizer, batch, config, step, ranks.device, ranks, meter, bool(stop))
+        stopping = values.pop('stop')
         history.append(dict(step=step) | values)
         if first: bar.set_postfix_str(f"global {values['global_loss']:.3f} local {values['local_loss']:.3f}", refresh=False)
-        stopping = _anyone(ranks, bool(stop))
         if first and (stopping or time.monotonic() - saved > 60*machine.checkpoint_minutes):
             state.save(history, model, optimizer)
             saved = time.monotonic()
@@ -264,10 +266,6 @@ def _steps(network, model, optimizer, views, config, machine, history, state, st
             number = signal.Signals(stop[0] if stop else signal.SIGTERM)
             raise Stopped(f'stopped by {number.name} after step {step}: the same call goes on from {state.folder}', number)
     if first and steps > begin: report()
-
-def _anyone(ranks, flag):
-    "Whether the flag is set on any rank."
-    return flag if ranks.size == 1 else ranks.mean(torch.tensor(float(flag), device=ranks.device)).item() > 0
 
 # %% ../nbs/18_train.ipynb #026
 def pretrain(
