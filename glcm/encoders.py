@@ -4,11 +4,14 @@
 
 # %% auto #0
 __all__ = ['CONV', 'NORM', 'POOL', 'SPATIAL_STAGES', 'TEMPORAL_STAGES', 'STAGES', 'KERNELS', 'BasicBlock', 'stage_strides',
-           'ResNet18', 'video_resnet18', 'audio_resnet18']
+           'frozen_statistics', 'ResNet18', 'video_resnet18', 'audio_resnet18']
 
 # %% ../nbs/12_encoders.ipynb #002
+from contextlib import contextmanager, nullcontext
+
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
 from .core import InputError
@@ -60,6 +63,17 @@ def stage_strides(
     return {stage: 2 if k < possible.index(total) else 1 for k, stage in enumerate(stages)}
 
 # %% ../nbs/12_encoders.ipynb #010
+@contextmanager
+def frozen_statistics(
+    model: nn.Module, # in training
+):
+    "Batch norm works as ever while the block lasts, and what it adds to its running statistics is forgotten after it."
+    kept = [(norm, name, buffer) for norm in model.modules() if isinstance(norm, _BatchNorm) for name, buffer in norm.named_buffers()]
+    for norm, name, buffer in kept: setattr(norm, name, buffer.clone())
+    try: yield
+    finally:
+        for norm, name, buffer in kept: setattr(norm, name, buffer)
+
 STAGES = 'conv1', 'pool', 'layer1', 'layer2', 'layer3', 'layer4'
 KERNELS = { # stem and pooling of an encoder of frames, in time and in space; and of each layer the two convolutions of its blocks
     'full': dict(conv1=(7, 7), pool=(3, 3), layer1=(3, 3), layer2=(3, 3), layer3=(3, 3), layer4=(3, 3)), # Hara et al.
@@ -97,8 +111,17 @@ class ResNet18(nn.Module):
 
     def forward(self, x):
         for stage in (self.stem, self.layer1, self.layer2, self.layer3, self.layer4):
-            x = checkpoint(stage, x, use_reentrant=False) if self.recompute else stage(x)
+            x = checkpoint(self._once(stage), x, use_reentrant=False) if self.recompute and torch.is_grad_enabled() else stage(x)
         return x
+
+    def _once(self, stage):
+        "`stage`, whose batch norms learn from the first call alone."
+        called = []
+        def run(x):
+            with frozen_statistics(self) if called else nullcontext():
+                called.append(True)
+                return stage(x)
+        return run
 
     def stem(self, x): return self.pool(self.relu(self.bn1(self.conv1(x))))
 

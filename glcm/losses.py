@@ -6,6 +6,7 @@
 __all__ = ['COUNTS', 'ALONE', 'mil_nce_global', 'mil_nce_local', 'LossConfig']
 
 # %% ../nbs/15_losses.ipynb #002
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -43,7 +44,7 @@ class _StreamedMilNce(torch.autograd.Function):
             column = torch.logaddexp(column, G.logsumexp(0))
         if ranks.size > 1: row = ranks.gather(row).view(ranks.size, -1).logsumexp(0)
         excess = torch.logaddexp(row[first:first + m], column) - own
-        loss = torch.logaddexp(own.new_tensor(float(count)).log(), excess)
+        loss = torch.logaddexp(torch.full_like(own, math.log(count)), excess)
         ctx.save_for_backward(anchors, groups, own, loss, ranks.gather(own + loss))
         ctx.block, ctx.count, ctx.ranks = block, count, ranks
         return loss.mean()

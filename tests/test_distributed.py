@@ -175,8 +175,7 @@ def test_warned_ranks_save_and_go_on(clips, number):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
     deadline = time.monotonic() + 60
     while not list((clips/f'resume-{name}').glob('checkpoint-*.pt')) and time.monotonic() < deadline: time.sleep(0.05)
-    torchrun = int(subprocess.run(['pgrep', '-P', str(process.pid)], capture_output=True, text=True).stdout)
-    os.kill(torchrun, number)
+    process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode and 'the same call goes on from' in output
     assert not (clips/name).exists()
@@ -187,12 +186,12 @@ def test_warned_ranks_save_and_go_on(clips, number):
 @pytest.mark.slow
 def test_slurm_script_queues_a_warned_job_again(clips, tmp_path):
     "With a srun that runs its command and a scontrol that says what it was asked."
-    for name, text in dict(srun='exec "$@"', scontrol='if [ "$1" = show ]; then echo localhost; else echo "$1 $2"; fi').items():
+    for name, text in dict(srun='while [[ "$1" == --* ]]; do shift; done; exec "$@"', scontrol='if [ "$1" = show ]; then echo localhost; else echo "$1 $2"; fi').items():
         (tmp_path/name).write_text(f'#!/bin/bash\n{text}\n')
         (tmp_path/name).chmod(0o755)
     params = override(tiny_params(), dict(pretrain=dict(steps=10_000, batch=4)), 'the test')
     (tmp_path/'params.yaml').write_text(yaml.safe_dump(params))
-    slurm = dict(SLURM_SUBMIT_DIR=str(root()), SLURM_JOB_NODELIST='x', SLURM_NNODES='1', SLURM_GPUS_ON_NODE='2', SLURM_JOB_ID='77')
+    slurm = dict(SLURM_SUBMIT_DIR=str(root()), SLURM_JOB_NODELIST='x', SLURM_NNODES='1', SLURM_GPUS_ON_NODE='2', SLURM_JOB_ID='77', SLURM_CPUS_PER_TASK='2')
     command = ['bash', str(root()/'pretrain.slurm'), 'glcm', f'--params={tmp_path}/params.yaml', f'--clips={clips}/clips', f'--out={tmp_path}/out',
                f'--resume={tmp_path}/resume']
     with open(tmp_path/'log', 'w') as log:

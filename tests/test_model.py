@@ -218,13 +218,15 @@ def test_impossible_models(change, message):
 
 def test_recomputed_activations_give_the_same_gradients():
     video, audio = clips()
-    gradients = []
+    gradients, statistics = [], []
     for recompute in (False, True):
         model = build().train()
         for encoder in (model.global_encoder, model.local_encoder, model.audio_encoder): encoder.recompute = recompute
         glcm_loss(model(video, audio), LOSS)['loss'].backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        statistics.append(dict(model.named_buffers()))
     assert torch.allclose(*gradients, rtol=1e-6, atol=1e-8)
+    assert all(torch.equal(statistics[0][name], statistics[1][name]) for name in statistics[0])
 
 
 @pytest.mark.parametrize('changes', [dict(encoders='slow_fast', width=8, local_embedding=4), dict(local_embedding=4)])

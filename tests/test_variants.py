@@ -3,12 +3,13 @@ from dataclasses import asdict
 
 import pytest
 import torch
+import yaml
 
-from glcm.core import InputError, parse, read_params, root
+from glcm.core import InputError, override, parse, read_params, root
 from glcm.data.video import to_rgb
 from glcm.model import GLCM, glcm_loss
 from glcm.testing import tiny_params
-from glcm.runs import MachineConfig, run_config
+from glcm.runs import CODE, MachineConfig, run_config
 from glcm.train import training_step
 
 PARAMS = tiny_params()
@@ -31,6 +32,19 @@ def test_one_step_of_every_variant(variant):
     assert torch.isfinite(torch.tensor([values['loss'], values['lr']])).all()
     trained = any(p.grad is not None for p in model.local_encoder.parameters())
     assert trained == (config.loss.local_weight > 0)
+
+
+def test_each_part_of_a_batch_is_counted_once_by_batch_norm():
+    config = run_config(override(PARAMS, dict(pretrain=dict(accumulate=3)), 'the test'), 'glcm', 0)
+    model = GLCM(config.model).train()
+    training_step(model, torch.optim.AdamW(model.parameters()), batch(config, 6), config, 5, torch.device('cpu'))
+    counts = [buffer.item() for name, buffer in model.named_buffers() if name.endswith('num_batches_tracked')]
+    assert set(counts) == {3}
+
+
+def test_code_of_a_checkpoint_is_what_the_stage_depends_on():
+    stage = yaml.safe_load((root()/'dvc.yaml').read_text())['stages']['pretrain']
+    assert {f'glcm/{name}.py' for name in CODE} == {path for path in stage['deps'] if path.startswith('glcm/')}
 
 
 def differences(variant):
