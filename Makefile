@@ -63,7 +63,7 @@ data-present: $(READY)
 lock:
 	@[ -x build/uv/bin/uv ] || { $(PYTHON) -m venv build/uv && build/uv/bin/pip install --quiet uv; }
 	@build/uv/bin/uv pip compile --quiet setup.py --all-extras --universal --python-version 3.11 \
-	    --fork-strategy fewest --no-annotate --no-emit-index-url --no-emit-find-links \
+	    --refresh-package glcm --fork-strategy fewest --no-annotate --no-emit-index-url --no-emit-find-links \
 	    --custom-compile-command "make lock" $(UPGRADE) -o requirements.lock.txt
 
 # The remote is emptied first: git must not carry the files of an earlier sample.

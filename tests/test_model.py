@@ -11,10 +11,10 @@ from glcm.losses import LossConfig
 from glcm.model import GLCM, ModelConfig, glcm_loss
 
 MINIATURE = ModelConfig(
-    width=4, embedding=16, bands=80, global_frames=4, slices_per_step=3, mel_per_step=12, grid=8,
+    encoders='r3d', width=4, embedding=16, local_embedding=0, bands=80, global_frames=4, slices_per_step=3, mel_per_step=12, grid=8,
     global_stride=8, local_stride=16, projection='linear', pooling='attention', attention_temperature=0.07,
     detach_attention=False, normalize=True)
-LOSS = LossConfig(temperature=0.07, count_positives='once', local_weight=1., mil=True, block=0)
+LOSS = LossConfig(temperature=0.07, count_positives='once', local_weight=1., mil=True, block=0, negatives='world')
 LOCAL = {'local_encoder', 'video_local', 'audio_local'}
 GLOBAL = {'global_encoder', 'video_global', 'audio_global'}
 
@@ -210,7 +210,27 @@ def test_views_that_do_not_fit_together(video, audio, message):
     (dict(slices_per_step=5), '12 is not divisible'), (dict(slices_per_step=4), '= 3 is impossible'),
     (dict(mel_per_step=9), '= 3 is impossible'), (dict(global_stride=64), 'global_stride 64'),
     (dict(local_stride=3), 'local_stride 3'), (dict(embedding=0), 'embedding 0'), (dict(grid=-1), 'grid'),
-    (dict(pooling='max'), 'max'), (dict(projection='deep'), 'deep'), (dict(projection='none'), '32, not 16'),
+    (dict(pooling='max'), 'max'), (dict(projection='deep'), 'deep'), (dict(projection='none'), '32, not r3d and 16'),
     (dict(attention_temperature=-1.), 'attention_temperature')])
 def test_impossible_models(change, message):
     with pytest.raises(InputError, match=message): replace(MINIATURE, **change)
+
+
+def test_recomputed_activations_give_the_same_gradients():
+    video, audio = clips()
+    gradients, statistics = [], []
+    for recompute in (False, True):
+        model = build().train()
+        for encoder in (model.global_encoder, model.local_encoder, model.audio_encoder): encoder.recompute = recompute
+        glcm_loss(model(video, audio), LOSS)['loss'].backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+        statistics.append(dict(model.named_buffers()))
+    assert torch.allclose(*gradients, rtol=1e-6, atol=1e-8)
+    assert all(torch.equal(statistics[0][name], statistics[1][name]) for name in statistics[0])
+
+
+@pytest.mark.parametrize('changes', [dict(encoders='slow_fast', width=8, local_embedding=4), dict(local_embedding=4)])
+def test_local_embeddings_of_their_own_size(changes):
+    z = build(**changes)(*clips())
+    assert (z.audio_global.shape[1], z.video_global.shape[1], z.audio_local.shape[1], z.video_local.shape[1]) == (16, 16, 4, 4)
+    assert torch.isfinite(glcm_loss(z, LOSS)['loss'])

@@ -140,7 +140,7 @@ def training_clips(
     if not found: raise InputError(f'no clips {where}')
     if clips is None: return found
     if not 0 < clips <= len(found): raise InputError(f'{clips} clips cannot be taken from {len(found)} {where}')
-    return sorted(found, key=lambda place: chance(place[0].clips[place[1]]['clip']))[:clips]
+    return sorted(found, key=lambda place: chance(place[0].clips[place[1]]['clip'], seed=1))[:clips]
 
 # %% ../../nbs/11_data.views.ipynb #023
 class TrainingViews(Dataset):

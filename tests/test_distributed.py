@@ -1,0 +1,204 @@
+"""Several processes compute what one would, and lose nothing when one of them dies."""
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import torch
+import yaml
+
+from glcm.core import override, root
+from glcm.distributed import Ranks, launch
+from glcm.losses import mil_nce_global, mil_nce_local
+from glcm.testing import tiny_clips, tiny_params
+from test_resume import assert_equal_runs
+
+STEP = textwrap.dedent('''
+    """One step on this rank's share of eight clips; the first rank keeps loss and gradients."""
+    import sys
+    from dataclasses import asdict
+    import torch
+    from glcm.core import override, parse
+    from glcm.distributed import joined
+    from glcm.model import GLCM
+    from glcm.runs import MachineConfig, run_config
+    from glcm.testing import tiny_params
+    from glcm.train import _prepared, training_step
+    out = sys.argv[1]
+    params = override(tiny_params(), dict(pretrain=dict(precision='float32', batch=8)), 'test')
+    machine = parse(MachineConfig, params['machine'], 'machine')
+    changes = dict(accumulated=dict(pretrain=dict(accumulate=2)), alone=dict(loss=dict(negatives='batch')))
+    with joined() as ranks:
+        result = {}
+        for variant in ('glcm', 'glcm_no_local', 'glcm_no_mil', 'released', 'accumulated', 'alone'):
+            torch.manual_seed(0)
+            changed = override(params, changes.get(variant, {}), 'test')
+            config = run_config(changed, 'glcm' if variant in changes else variant, 0)
+            model = GLCM(config.model).double().to(memory_format=torch.channels_last_3d)
+            network = _prepared(model, config, machine, ranks).eval() # frozen batch norm: it would look at fewer clips
+            batch = dict(planes=torch.randint(0, 256, (8, 16, 84, 56), dtype=torch.uint8), audio=torch.randn(8, 80, 192, dtype=torch.float64),
+                         shift=torch.randint(-config.views.shift, config.views.shift + 1, (8,)))
+            batch = {name: value[ranks.rank::ranks.size] for name, value in batch.items()}
+            optimizer = torch.optim.SGD(model.parameters(), 0.)
+            values = training_step(network, optimizer, batch | dict(clip=['clip']*8), config, 0, torch.device('cpu'), ranks)
+            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            result[variant] = dict(values=values, gradients=gradients)
+        if ranks.rank == 0: torch.save(result, out)
+''')
+
+LOSSES = textwrap.dedent('''
+    """Both losses in float64, each rank with its own clips."""
+    import sys
+    import torch
+    from glcm.distributed import joined
+    from test_distributed import example, losses_and_gradients
+    with joined() as ranks:
+        torch.save(losses_and_gradients(example(ranks.rank, ranks.size), ranks), f'{sys.argv[1]}-{ranks.rank}')
+''')
+
+TRAIN = textwrap.dedent('''
+    """The tiny run, slowed down; rank 1 may die before step 3, once."""
+    import os, signal, sys, time
+    from pathlib import Path
+    import glcm.train
+    from test_resume import tiny_train
+    folder, out, resume, deadly = sys.argv[1:]
+    original = glcm.train.training_step
+    def step(*args):
+        mark = Path(folder, resume + '.dead')
+        if deadly == 'deadly' and args[4] == 3 and os.environ.get('RANK') == '1' and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        if deadly == 'slow': time.sleep(0.5)
+        return original(*args)
+    glcm.train.training_step = step
+    tiny_train(folder, out, resume, batch=4)
+''')
+
+
+def script(folder, text):
+    "A file with this program, for torchrun."
+    path = folder/'program.py'
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.fixture(autouse=True)
+def in_repository(monkeypatch):
+    "Programs elsewhere import the tests' helpers."
+    monkeypatch.setenv('PYTHONPATH', str(root()/'tests'))
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+
+
+def example(rank=0, ranks=1):
+    "Embeddings of one rank's share of 12 clips of 5 steps of 3 slices, and 4 cells."
+    generator = torch.Generator().manual_seed(0)
+    shapes = dict(sound=(12, 8), cells=(12, 8, 2, 2), slices=(12, 8, 15), steps=(12, 8, 5))
+    z = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
+    return {name: value.chunk(ranks)[rank].requires_grad_() for name, value in z.items()}
+
+
+def losses_and_gradients(z, ranks=Ranks()):
+    "Both losses, in blocks that divide nothing evenly, and the gradients of their sum."
+    losses = [mil_nce_global(z['sound'], z['cells'], 0.5, 'twice', ranks), mil_nce_local(z['slices'], z['steps'], 0.5, 'once', 7, ranks)]
+    gradients = torch.autograd.grad(sum(losses), list(z.values()))
+    return [loss.item() for loss in losses], [gradient.detach() for gradient in gradients]
+
+
+@pytest.mark.parametrize('processes', [2, 4])
+def test_losses_over_ranks_are_those_of_one_process(tmp_path, processes):
+    launch([script(tmp_path, LOSSES), str(tmp_path/'rank')], processes)
+    losses, gradients = losses_and_gradients(example())
+    parts = [torch.load(tmp_path/f'rank-{rank}') for rank in range(processes)]
+    assert torch.tensor([part[0] for part in parts], dtype=torch.float64).mean(0).tolist() == pytest.approx(losses, rel=1e-12)
+    for k, expected in enumerate(gradients): # each rank's loss is a mean over its own clips: P times as large
+        assert torch.allclose(torch.cat([part[1][k] for part in parts])/processes, expected, rtol=1e-10, atol=1e-14)
+
+
+@pytest.fixture(scope='module')
+def one_step(tmp_path_factory):
+    "Losses and gradients of one process with all eight clips."
+    folder = tmp_path_factory.mktemp('one')
+    environment = os.environ | dict(PYTHONPATH=str(root()/'tests'), OMP_NUM_THREADS='1')
+    subprocess.run([sys.executable, script(folder, STEP), str(folder/'result')], check=True, env=environment)
+    return torch.load(folder/'result')
+
+
+@pytest.mark.parametrize('processes', [2, 4])
+def test_gradients_over_ranks_are_those_of_one_process(tmp_path, one_step, processes):
+    launch([script(tmp_path, STEP), str(tmp_path/'result')], processes)
+    result = torch.load(tmp_path/'result')
+    for variant, expected in one_step.items():
+        if variant == 'alone': continue
+        assert result[variant]['values'] == pytest.approx(expected['values'], rel=1e-12), variant
+        assert result[variant]['gradients'].keys() == expected['gradients'].keys()
+        got, want = (torch.cat([g.flatten() for g in r['gradients'].values()]) for r in (result[variant], expected))
+        assert float((got - want).norm()/want.norm()) < 1e-10, variant
+    assert result['alone']['values']['loss'] < result['glcm']['values']['loss'] - 0.5 # fewer negatives are easier
+
+
+@pytest.fixture(scope='module')
+def clips(tmp_path_factory):
+    "Clips, and the run of two processes that nobody disturbed."
+    folder = tmp_path_factory.mktemp('two')
+    tiny_clips(folder/'clips', 'kinetics700', train=4)
+    tiny_clips(folder/'clips', 'avspeech', speech=3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', str(root()/'tests'))
+        patch.setenv('OMP_NUM_THREADS', '1')
+        launch([script(folder, TRAIN), str(folder), 'unbroken', 'resume', 'no'], 2)
+    return folder
+
+
+def test_dead_rank_ends_the_others(clips, capfd):
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match='exit code 1'):
+        launch([script(clips, TRAIN), str(clips), 'never', 'dead', 'deadly'], 2)
+    assert time.monotonic() - started < 60
+    assert not (clips/'never').exists()
+
+
+def test_restarted_ranks_go_on_from_the_last_checkpoint(clips):
+    launch([script(clips, TRAIN), str(clips), 'restarted', 'restart', 'deadly'], 2, restarts=1)
+    assert (clips/'restart.dead').exists()
+    assert_equal_runs(clips/'restarted', clips/'unbroken')
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
+def test_warned_ranks_save_and_go_on(clips, number):
+    name = number.name
+    command = [sys.executable, '-c', 'import sys; from glcm.distributed import launch; launch(sys.argv[1:], 2)',
+               script(clips, TRAIN), str(clips), name, f'resume-{name}', 'slow']
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
+    deadline = time.monotonic() + 60
+    while not list((clips/f'resume-{name}').glob('checkpoint-*.pt')) and time.monotonic() < deadline: time.sleep(0.05)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode and 'the same call goes on from' in output
+    assert not (clips/name).exists()
+    launch([script(clips, TRAIN), str(clips), name, f'resume-{name}', 'no'], 2)
+    assert_equal_runs(clips/name, clips/'unbroken')
+
+
+@pytest.mark.slow
+def test_slurm_script_queues_a_warned_job_again(clips, tmp_path):
+    "With a srun that runs its command and a scontrol that says what it was asked."
+    for name, text in dict(srun='while [[ "$1" == --* ]]; do shift; done; exec "$@"', scontrol='if [ "$1" = show ]; then echo localhost; else echo "$1 $2"; fi').items():
+        (tmp_path/name).write_text(f'#!/bin/bash\n{text}\n')
+        (tmp_path/name).chmod(0o755)
+    params = override(tiny_params(), dict(pretrain=dict(steps=10_000, batch=4)), 'the test')
+    (tmp_path/'params.yaml').write_text(yaml.safe_dump(params))
+    slurm = dict(SLURM_SUBMIT_DIR=str(root()), SLURM_JOB_NODELIST='x', SLURM_NNODES='1', SLURM_GPUS_ON_NODE='2', SLURM_JOB_ID='77', SLURM_CPUS_PER_TASK='2')
+    command = ['bash', str(root()/'pretrain.slurm'), 'glcm', f'--params={tmp_path}/params.yaml', f'--clips={clips}/clips', f'--out={tmp_path}/out',
+               f'--resume={tmp_path}/resume']
+    with open(tmp_path/'log', 'w') as log:
+        job = subprocess.Popen(command, env=os.environ | slurm | dict(PATH=f'{tmp_path}:{os.environ["PATH"]}'), stdout=log, stderr=log)
+        deadline = time.monotonic() + 120
+        while 'global' not in (tmp_path/'log').read_text() and time.monotonic() < deadline: time.sleep(0.5)
+        job.send_signal(signal.SIGUSR1)
+        assert job.wait(60) == 0
+    assert 'requeue 77' in (tmp_path/'log').read_text()
+    assert len(list((tmp_path/'resume').glob('checkpoint-*.pt'))) == 1
