@@ -13,8 +13,8 @@ import yaml
 from glcm.core import override, root
 from glcm.distributed import Ranks, launch
 from glcm.losses import mil_nce_global, mil_nce_local
-from glcm.testing import tiny_clips, tiny_params
-from test_resume import assert_equal_runs
+from glcm.testing import tiny_params
+from test_resume import assert_equal_runs, write_clips
 
 STEP = textwrap.dedent('''
     """One step on this rank's share of eight clips; the first rank keeps loss and gradients."""
@@ -144,8 +144,7 @@ def test_gradients_over_ranks_are_those_of_one_process(tmp_path, one_step, proce
 def clips(tmp_path_factory):
     "Clips, and the run of two processes that nobody disturbed."
     folder = tmp_path_factory.mktemp('two')
-    tiny_clips(folder/'clips', 'kinetics700', train=4)
-    tiny_clips(folder/'clips', 'avspeech', speech=3)
+    write_clips(folder/'clips')
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv('PYTHONPATH', str(root()/'tests'))
         patch.setenv('OMP_NUM_THREADS', '1')

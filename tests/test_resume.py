@@ -31,6 +31,12 @@ SCRIPT = textwrap.dedent('''
 ''')
 
 
+def write_clips(clips):
+    "The clips that the tiny run trains on."
+    tiny_clips(clips, 'kinetics700', train=4)
+    tiny_clips(clips, 'avspeech', speech=3)
+
+
 def tiny_train(folder, out, resume, **changes):
     "The tiny run on the clips of `folder`, a checkpoint after each step."
     params = override(tiny_params(), dict(pretrain=changes), 'the test')
@@ -49,8 +55,7 @@ def assert_equal_runs(out, reference):
 def unbroken(tmp_path_factory):
     "Clips, and the run that nobody disturbed."
     folder = tmp_path_factory.mktemp('resume')
-    tiny_clips(folder/'clips', 'kinetics700', train=4)
-    tiny_clips(folder/'clips', 'avspeech', speech=3)
+    write_clips(folder/'clips')
     tiny_train(folder, 'unbroken', 'resume')
     return folder
 
