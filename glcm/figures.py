@@ -125,7 +125,7 @@ def plot_attention(
         frame = video[0, :, config.views.frames//2].permute(1, 2, 0).numpy()
         overlay(top, frame, None)
         overlay(bottom, frame, heat, store.clips[i]['boxes'])
-        top.set_title(row.label, fontsize=9, pad=4)
+        top.set_title(store.clips[i]['label'] or '', fontsize=9, pad=4)
         bottom.set_xlabel(f'IoU {row.ciou:.2f}', fontsize=9)
         if not row.pointing: _mark_missed(bottom)
     return fig

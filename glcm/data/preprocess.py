@@ -34,7 +34,7 @@ import pandas as pd
 
 from ..core import InputError, atomic_path, inside, parse, progress
 from .audio import AudioConfig, log_mel
-from .faces import face_track_crops
+from .faces import face_track_crops, landmarks
 from .shards import StoreConfig, checksum, pack_clip, write_index, write_shard
 from .video import Recording, Rejection, from_rgb, read_recording
 
@@ -47,15 +47,18 @@ class ClipConfig:
     max_rejected: float  # fraction of unusable files above which preprocessing fails
     reader: str | None = None  # which layout its folder has; default: the one called like the dataset
     crop: Literal['none', 'lips', 'face'] = 'none' # what is kept of the frames; crops need glcm[faces]
+    boxes: Literal['none', 'lips'] = 'none' # boxes to add for localization: around the lips of the face that speaks; needs glcm[faces]
     sound: bool = True         # False: pictures alone are kept, and silent films are as good as others
     clips: int | None = None   # so many clips, chosen at random; default: all
+    min_frames: int | None = None # frames that a clip needs at least; default: views.frames
 
     def __post_init__(self):
         if self.fps < 1: raise InputError(f'fps should be at least 1, not {self.fps}')
         if self.short_side < 32 or self.short_side % 2:
             raise InputError(f'short_side should be even and at least 32 pixels, not {self.short_side}')
         if not 0 <= self.max_rejected <= 1: raise InputError(f'max_rejected is a fraction, not {self.max_rejected}')
-        if self.clips is not None and self.clips < 1: raise InputError(f'clips should be at least 1, not {self.clips}')
+        for name in ('clips', 'min_frames'):
+            if (value := getattr(self, name)) is not None and value < 1: raise InputError(f'{name} should be at least 1, not {value}')
 
 @dataclass(frozen=True)
 class PreprocessConfig:
@@ -99,9 +102,20 @@ def encode_clip(
         raise Rejection('too short', f'{path.name}: {max(0, steps)/clip.fps:.1f} s can be used, {settings.min_frames/clip.fps:.1f} s are needed')
     if not settings.sound_only: planes = _cropped(recording.planes[first:first + steps], waveform, settings)
     if clip.sound: mel = log_mel(waveform, round(steps*per_second/clip.fps), audio)
-    return pack_clip(planes, mel, steps, clip.fps, per_second, settings.store)
+    members, entries = pack_clip(planes, mel, steps, clip.fps, per_second, settings.store)
+    if clip.boxes == 'lips': entries['boxes'] = [_lips(path, settings, first, steps)]
+    return members, entries
 
 # %% ../../nbs/10_data.preprocess.ipynb #008
+def _lips(path, settings, first, steps) -> list: # [x1, y1, x2, y2] in 0..1
+    "The box around the lips of the face that speaks, in the middle of where they are over the clip's frames."
+    recording = read_recording(path, settings.clip.fps, FACE_SIDE, settings.audio.sample_rate if settings.clip.sound else None)
+    frames, rate = recording.frames[first:first + steps], settings.audio.sample_rate
+    waveform = recording.waveform[round(first/settings.clip.fps*rate):] if settings.clip.sound else None
+    mouths = landmarks(frames, waveform, rate, settings.clip.fps)[:, 48:]
+    corners = np.concatenate([mouths.min(1), mouths.max(1)], 1)
+    return (np.median(corners, 0)/np.tile(frames.shape[2:0:-1], 2)).clip(0, 1).round(4).tolist()
+
 def _cropped(planes, waveform, settings):
     "The pictures whole, or lips or face cut out of them."
     if settings.clip.crop == 'none': return planes
