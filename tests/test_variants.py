@@ -68,9 +68,9 @@ def test_presets_are_what_they_claim():
 
 
 def names(params):
-    "All names in a file of parameters, but for those of single datasets."
+    "All names in a file of parameters, but for those of single datasets and tasks."
     return {f'{section}.{name}' for section, values in params.items() if isinstance(values, dict)
-            for name in (values if section != 'datasets' else ['...'])} | set(params)
+            for name in (values if section not in ('datasets', 'finetune') else ['...'])} | set(params)
 
 
 def test_parameters_of_the_paper_are_the_papers():

@@ -60,8 +60,7 @@ class SentenceReader(nn.Module):
         super().__init__()
         self.config, classes = config, len(CHARACTERS) + 1
         self.features = Features(model, run, config)
-        self.norm = nn.BatchNorm1d(self.features.channels, affine=False) if config.probe else nn.Identity()
-        self.enter = nn.Linear(self.features.channels, config.size)
+        self.enter = nn.Sequential(nn.LayerNorm(self.features.channels), nn.Linear(self.features.channels, config.size))
         shape = dict(d_model=config.size, nhead=config.heads, dim_feedforward=4*config.size, dropout=config.dropout, batch_first=True, norm_first=True)
         self.reader = nn.TransformerEncoder(nn.TransformerEncoderLayer(**shape), config.layers, nn.LayerNorm(config.size), enable_nested_tensor=False)
         self.writer = nn.TransformerDecoder(nn.TransformerDecoderLayer(**shape), config.layers, nn.LayerNorm(config.size))
@@ -69,7 +68,7 @@ class SentenceReader(nn.Module):
         self.next, self.ctc = nn.Linear(config.size, classes), nn.Linear(config.size, classes)
 
     def forward(self, video, audio, length=None): # (B, T, size): the frames of each utterance, as read
-        features = self.norm(self.features(video, audio, length)).transpose(1, 2)
+        features = self.features(video, audio, length).transpose(1, 2)
         read = self.enter(features) + positions(features.shape[1], self.config.size, features.device)
         return self.reader(read, src_key_padding_mask=None if length is None else ~inside_clips(length, features.shape[1]))
 

@@ -1,0 +1,162 @@
+"""The tasks by which a pretrained model is judged: their numbers against independent references, their faults, their sizes."""
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
+
+from glcm.core import InputError, read_params, root
+from glcm.data.shards import ClipStore
+from glcm.metrics import deepfake_scores, sentence_errors, sentence_scores, task_scores
+from glcm.model import GLCM
+from glcm.runs import run_config
+from glcm.tasks.classify import Classifier
+from glcm.tasks.finetune import finetune, fit, judged, shown
+from glcm.tasks.protocol import LabelledWindows, batches_of, task_config
+from glcm.tasks.sentences import SentenceReader, spelled
+from glcm.testing import tiny_clips, tiny_params
+
+PARAMS = tiny_params()
+RUN = run_config(PARAMS, 'glcm', 0)
+
+
+def new_model():
+    torch.manual_seed(0)
+    return GLCM(RUN.model), RUN
+
+
+def edits(a, b):
+    "Levenshtein's distance of two lists."
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, 1): before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]
+
+
+def test_word_errors_are_the_edit_distance():
+    rng = np.random.default_rng(0)
+    said, read = ([' '.join(rng.choice(['bin', 'blue', 'at', 'f', 'now'], rng.integers(1, 7))) for _ in range(40)] for _ in range(2))
+    table = pd.DataFrame(dict(text=said, predicted=read))
+    scores = sentence_scores(sentence_errors(table))
+    assert scores['wer'] == pytest.approx(sum(edits(a.split(), b.split()) for a, b in zip(said, read))/sum(len(a.split()) for a in said))
+    assert scores['cer'] == pytest.approx(sum(edits(a, b) for a, b in zip(said, read))/sum(len(a) for a in said))
+
+
+def test_nothing_read_is_all_wrong():
+    table = pd.DataFrame(dict(text=['set white', 'now'], predicted=[np.nan, '']))  # as pandas reads an empty prediction back
+    assert sentence_scores(sentence_errors(table)) == dict(wer=1.0, cer=1.0)
+
+
+def test_deepfake_scores_are_sklearns():
+    rng = np.random.default_rng(0)
+    logit = np.round(rng.normal(size=200), 1)  # with ties
+    fake = rng.random(200) < 0.7
+    scores = deepfake_scores(pd.DataFrame(dict(label=np.where(fake, 'FAKE', 'REAL'), logit=logit)))
+    p = 1/(1 + np.exp(-logit))
+    assert scores['auc'] == pytest.approx(roc_auc_score(fake, p), abs=1e-6)
+    assert scores['log_loss'] == pytest.approx(log_loss(fake, p), abs=1e-6)
+    assert scores['balanced_60'] == pytest.approx(balanced_accuracy_score(fake, p > 0.6))
+    assert scores['balanced_60'] == pytest.approx(roc_auc_score(fake, p > 0.6))  # what some call AUC
+
+
+def test_interval_holds_the_number_and_shrinks_with_clips():
+    rng = np.random.default_rng(0)
+    def scores(clips):
+        hits = rng.random(clips) < 0.6
+        return task_scores(pd.DataFrame(dict(round='test', label='a', predicted=np.where(hits, 'a', 'b')))).loc['top1']
+    few, many = scores(50), scores(800)
+    assert few.low < few.value < few.high and many.low < many.value < many.high
+    assert 3 < (few.high - few.low)/(many.high - many.low) < 5.5  # by the square root of 16
+
+
+@pytest.fixture(scope='module')
+def films(tmp_path_factory):
+    "Eight clips of talking faces and toys with picture and sound, said to be of two classes."
+    store = ClipStore(tiny_clips(tmp_path_factory.mktemp('clips'), 'kinetics700', train=8, validate=4))
+    labels = sorted({row['label'] for row in store.clips})
+    store.clips = [row | dict(label='AB'[labels.index(row['label']) % 2], split='test' if k % 3 == 2 else 'train', text='bin blue', group=row['clip'])
+                   for k, row in enumerate(store.clips)]
+    return store
+
+
+def config(**values):
+    return replace(task_config(PARAMS, 'ucf101'), epochs=1, batch=4, frames=8, windows=2, **values)
+
+
+@pytest.mark.parametrize('values', [
+    dict(features='global'), dict(features='local'), dict(probe=True), dict(input='full_frame+attention'), dict(modality='video+audio'),
+    dict(modality='audio'), dict(crops=3, modality='video+audio', input='full_frame+attention'), dict(labels=0.5)])
+def test_every_choice_trains_and_tells(films, values):
+    table = finetune(new_model, films, config(**values), 0)
+    assert table['clip'].tolist() == [row['clip'] for row in films.clips if row['split'] == 'test']
+    assert set(table.predicted) <= {'A', 'B'} and table.confidence.between(0.5, 1).all()
+
+
+def test_loader_processes_change_nothing(films):
+    assert finetune(new_model, films, config(), 0, workers=2).equals(finetune(new_model, films, config(), 0))
+
+
+def test_a_probe_leaves_the_encoders_alone(films):
+    network = Classifier(*new_model(), config(probe=True), ['A', 'B'])
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    train = [i for i, row in enumerate(films.clips) if row['split'] == 'train']
+    fit(network, LabelledWindows(films, {i: 0 for i in train}, network.config, 56, 0), train, seed=0)
+    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {'head.weight', 'head.bias', 'norm.running_mean', 'norm.running_var', 'norm.num_batches_tracked'}
+
+
+def test_videos_are_judged_by_their_mean_logit(films):
+    c = config(target='fake')
+    network = Classifier(*new_model(), c, []).eval()
+    windows = LabelledWindows(films, {}, c, 56, 0)
+    told = dict(judged(network, windows, [0, 3, 5]))
+    for i, outcome in told.items():
+        with torch.inference_mode():
+            logits = torch.cat([shown(network, batch, torch.device('cpu')) for when in (0.0, 1.0) for batch in batches_of(windows, [[(0, i, when, (0.5, 0.5))]])])
+        assert logits.shape == (2, 1) and outcome['logit'] == pytest.approx(logits.mean().item(), abs=1e-3)
+        assert outcome['predicted'] == ('FAKE' if outcome['logit'] > 0 else 'REAL')
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda row, k: dict(label=None) if k == 0 else {}, '1 clips have no label, for example'),
+    (lambda row, k: dict(split='train'), '0 for test'),
+    (lambda row, k: dict(group='s1'), 's1 has clips in test and train'),
+    (lambda row, k: dict(label='C') if row['split'] == 'test' else {}, "has the label 'C', which is not among the 2 labels in training"),
+])
+def test_clips_that_cannot_be_judged_are_named(tmp_path, change, message):
+    store = ClipStore(tiny_clips(tmp_path, 'kinetics700', train=4, validate=2))
+    rows = [row | dict(label='AB'[k % 2], split='test' if k > 3 else 'train', group=row['clip']) for k, row in enumerate(store.clips)]
+    store.clips = [row | change(row, k) for k, row in enumerate(rows)]
+    with pytest.raises(InputError, match=message): finetune(new_model, store, config(), 0)
+
+
+def test_text_that_cannot_be_spelt_is_named(films):
+    films.clips = [row | dict(text='d\u00e9j\u00e0 vu' if k == 1 else 'bin blue') for k, row in enumerate(films.clips)]
+    reading = replace(task_config(PARAMS, 'lrs2'), epochs=1, size=16, heads=2, layers=1)
+    with pytest.raises(InputError, match=f"clip {films.clips[1]['clip']}: .* is none of the characters"): finetune(new_model, films, reading, 0)
+
+
+def test_sentences_can_be_memorised(films):
+    "Two utterances of different length are learned by heart, and read out again by the beam search."
+    reading = replace(task_config(PARAMS, 'lrs2'), epochs=150, batch=2, lr=0.003, size=32, heads=2, layers=1, dropout=0.0, flip=0.0, weight_decay=0.0, probe=True)
+    texts = {0: 'SET RED', 1: 'AT TWO'}
+    torch.manual_seed(0)
+    network = SentenceReader(*new_model(), reading)
+    windows = LabelledWindows(films, {i: spelled(t) for i, t in texts.items()}, reading, 56, 0)
+    fit(network, windows, [0, 1], seed=0)
+    assert {i: outcome['predicted'] for i, outcome in judged(network, windows, [0, 1])} == texts
+
+
+def test_sizes_of_the_paper():
+    "LRW by Table 1: 29 frames of 112x112 pixels, 1,024 features a frame, 500 words."
+    params = read_params(root()/'params.paper.yaml')
+    run = run_config(params, 'glcm', 0)
+    network = Classifier(GLCM(run.model), run, task_config(params, 'lrw'), [f'word {k}' for k in range(500)]).eval()
+    with torch.inference_mode():
+        video = torch.zeros(1, 3, 29, 112, 112, dtype=torch.uint8)
+        features = network.features(video, None)
+        assert features.shape == (1, 1024, 29) and network(video, None).shape == (1, 500)
+    for task in params['finetune']: task_config(params, task)
