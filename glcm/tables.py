@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['MAIN', 'COLUMNS', 'ROWS', 'TASKS', 'METRICS', 'SETTINGS', 'LIPS', 'ALL', 'SCRATCH', 'TABLES', 'OF_TASK', 'OF_PAPER',
-           'cell_metrics', 'baseline_metrics', 'task_metrics', 'results_table', 'write_between_marks', 'measured',
-           'tasks_table', 'Line', 'printed', 'paper_tables']
+           'cell_metrics', 'baseline_metrics', 'task_metrics', 'results_table', 'measured', 'tasks_table',
+           'write_between_marks', 'write_tables', 'Line', 'printed', 'paper_tables']
 
 # %% ../nbs/27_tables.ipynb #002
 import re
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import pandas as pd
 
 from .core import InputError, atomic_path
-from .metrics import success_auc, success_rate, task_scores
+from .metrics import read_predictions, success_auc, success_rate, task_scores
+from .tasks.protocol import task_config
 
 # %% ../nbs/27_tables.ipynb #005
 def cell_metrics(
@@ -47,18 +49,18 @@ MAIN = 'top1', 'auc', 'wer' # the metric by which a task is compared
 
 def task_metrics(
     artifacts: Path, # folder of the stages' outputs
-    grid: dict, # variants, tasks and seeds, as in params.yaml
-) -> pd.DataFrame: # variant, seed, task, setting, metric, value, low, high, clips
+    params: dict, # sections datasets, finetune, grid and settings, as in params.yaml
+) -> pd.DataFrame: # variant, seed, task, dataset, setting, input, metric, value, low, high, clips
     "The numbers of all finetuned tasks; raises `InputError` where one was not run."
-    tables = []
-    for variant in grid['variants']:
-        for task in grid['tasks']:
-            for seed in grid['seeds']:
-                path = artifacts/'finetune'/f'{variant}-{task}-{seed}'/'predictions.csv'
-                if not path.exists(): raise InputError(f'{path} is missing: run `dvc repro`')
-                for setting, rows in pd.read_csv(path).groupby('setting', sort=False):
-                    tables.append(task_scores(rows).reset_index().assign(variant=variant, seed=seed, task=task, setting=setting))
-    columns = ['variant', 'seed', 'task', 'setting', 'metric', 'value', 'low', 'high', 'clips']
+    tables, grid = [], params['grid']
+    for variant, task, seed in product(grid['variants'], grid['tasks'], grid['seeds']):
+        path = artifacts/'finetune'/f'{variant}-{task}-{seed}'/'predictions.csv'
+        if not path.exists(): raise InputError(f'{path} is missing: run `dvc repro`')
+        dataset = params['datasets'][task].get('reader') or task
+        for setting, rows in read_predictions(path).groupby('setting', sort=False):
+            about = dict(variant=variant, seed=seed, task=task, dataset=dataset, setting=setting, input=task_config(params, task, setting).input)
+            tables.append(task_scores(rows).reset_index().assign(**about))
+    columns = ['variant', 'seed', 'task', 'dataset', 'setting', 'input', 'metric', 'value', 'low', 'high', 'clips']
     return pd.concat(tables)[columns] if tables else pd.DataFrame(columns=columns)
 
 # %% ../nbs/27_tables.ipynb #009
@@ -85,22 +87,7 @@ def results_table(
         lines.append('| ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
-# %% ../nbs/27_tables.ipynb #010
-def write_between_marks(
-    path: str | Path, # a Markdown file
-    name: str, # of the marks: <!-- name --> and <!-- /name -->
-    text: str, # what to put between them
-):
-    "Replace what stands between two marks in a Markdown file; raises `InputError` where they are missing."
-    content = Path(path).read_text()
-    pattern = re.compile(f'(<!-- {name} -->\n).*?(<!-- /{name} -->)', re.DOTALL)
-    if not pattern.search(content):
-        raise InputError(f'{path} has no place <!-- {name} --> ... <!-- /{name} -->')
-    replaced = pattern.sub(lambda m: m[1] + text + '\n' + m[2], content)
-    if replaced == content: return
-    with atomic_path(path) as scratch: scratch.write_text(replaced)
-
-# %% ../nbs/27_tables.ipynb #013
+# %% ../nbs/27_tables.ipynb #011
 TASKS = dict(esc50='ESC-50', esc10='ESC-10', lrw='LRW', lrs2='LRS2', grid='GRID sentences', grid_words='GRID words', dfdc='DFDC', ucf101='UCF101', hmdb51='HMDB51')
 METRICS = dict(top1='top-1', auc='AUC', wer='WER')
 SETTINGS = {'plain': '', 'global': 'global features', 'local': 'local features', 'attention': 'attention', 'sound': 'with sound', 'probe': 'linear probe',
@@ -126,7 +113,32 @@ def tasks_table(
         lines.append('| ' + ' | '.join([name, *cells]) + ' |')
     return '\n'.join(lines)
 
-# %% ../nbs/27_tables.ipynb #017
+# %% ../nbs/27_tables.ipynb #015
+def write_between_marks(
+    path: str | Path, # a Markdown file
+    name: str, # of the marks: <!-- name --> and <!-- /name -->
+    text: str, # what to put between them
+):
+    "Replace what stands between two marks in a Markdown file; raises `InputError` where they are missing."
+    content = Path(path).read_text()
+    pattern = re.compile(f'(<!-- {name} -->\n).*?(<!-- /{name} -->)', re.DOTALL)
+    if not pattern.search(content):
+        raise InputError(f'{path} has no place <!-- {name} --> ... <!-- /{name} -->')
+    replaced = pattern.sub(lambda m: m[1] + text + '\n' + m[2], content)
+    if replaced == content: return
+    with atomic_path(path) as scratch: scratch.write_text(replaced)
+
+def write_tables(
+    path: str | Path, # a Markdown file with marks such as <!-- seeds localization --> and <!-- grid tasks -->
+    results: str | Path, # folder of the studies
+):
+    "Write each study's table between its marks; what a study has not measured is left as it is."
+    kinds = dict(localization=('metrics.csv', results_table), tasks=('tasks.csv', lambda folder: tasks_table(pd.read_csv(folder/'tasks.csv'))))
+    for study, kind in re.findall(r'<!-- (\w+) (localization|tasks) -->', Path(path).read_text()):
+        file, table = kinds[kind]
+        if (Path(results)/study/file).exists(): write_between_marks(path, f'{study} {kind}', table(Path(results)/study))
+
+# %% ../nbs/27_tables.ipynb #018
 class Line(NamedTuple):
     "A row of a table, here and in the paper."
     name: str
@@ -135,6 +147,7 @@ class Line(NamedTuple):
     system: str | None = None # the row's name in the paper's table; None: it has none
     data: str | None = 'K-AV-240K'
     features: tuple = ('glob+loc', 'A', 'V')
+    inputs: tuple = () # any of these, of whichever version of the dataset; none: the task of the dataset's own name
 
 LIPS, ALL = ['lrs2', 'lrw'], ['lrs2', 'lrw', 'dfdc', 'ucf101', 'hmdb51']
 SCRATCH = Line('random weights', 'scratch')
@@ -147,13 +160,14 @@ TABLES = {
                                   Line('global features', 'glcm', 'global', 'GLCM', features=('glob',)), Line('local features', 'glcm', 'local', 'GLCM', features=('loc',)),
                                   Line('global and local features', 'glcm', system='GLCM')]),
     6: ('Multiple instances, on K-AV-15K', ALL, [Line('without MIL', 'glcm_no_mil', system='GLCM w/o MIL', data='K-AV-15K'), Line('GLCM', 'glcm', system='GLCM', data='K-AV-15K')]),
-    7: ('Attention instead of a crop', ['lrs2', 'lrw', 'dfdc'], [Line('full frame', 'glcm', system='GLCM full frame'), Line('full frame, attention', 'glcm', 'attention', 'GLCM attention'),
-                                                                Line('lip or face crop', '', system='GLCM best (lip or face crop)')]),
+    7: ('Attention instead of a crop', ['lrs2', 'lrw', 'dfdc'], [Line('full frame', 'glcm', system='GLCM full frame', inputs=('full_frame',)),
+                                                                Line('full frame, attention', 'glcm', 'attention', 'GLCM attention', inputs=('full_frame+attention',)),
+                                                                Line('lip or face crop', 'glcm', system='GLCM best (lip or face crop)', inputs=('lip_crop', 'face_crop'))]),
 }
 OF_TASK = dict(lrs2='wer', lrw='top1', dfdc='auc', ucf101='top1', hmdb51='top1', esc50='top1') # task -> metric
 OF_PAPER = {'esc50': 'ESC-50 top-1'} | {task: f'{TASKS[task]} {METRICS[metric]}' for task, metric in OF_TASK.items()} # task -> metric's name there
 
-# %% ../nbs/27_tables.ipynb #018
+# %% ../nbs/27_tables.ipynb #019
 def printed(
     reported: pd.DataFrame, # results/paper/reported.csv
     number: int, # of the table
@@ -177,8 +191,9 @@ def paper_tables(
         own = [(f'{TASKS[t]} {METRICS[OF_TASK[t]]}', t) for t in tasks]
         text += [f'### Table {number}: {title}', '', '| | ' + ' | '.join(f'{name}, **here** | paper' for name, _ in own) + ' |', '|---' + '|--:'*2*len(own) + '|']
         for line in lines:
-            here = scores[(scores.variant == line.variant) & (scores.setting == line.setting)]
-            cells = [cell for _, t in own for cell in (measured(here[(here.task == t) & (here.metric == OF_TASK[t])]), printed(reported, number, line, t))]
+            here = scores[(scores.variant == line.variant) & (scores.setting == line.setting) & (scores.input.isin(line.inputs) if line.inputs else scores.task == scores.dataset)]
+            cells = [cell for _, t in own for cell in (measured(here[(here.dataset == t) & (here.metric == OF_TASK[t])]), printed(reported, number, line, t))]
             text.append('| ' + ' | '.join([line.name, *cells]) + ' |')
-        text.append('')
+        shown = scores[scores.dataset.isin(tasks) & ~scores.dataset.isin(['esc50'])].input.unique()
+        text += ['', f'*Frames, **here**: {", ".join(shown)}.*' if len(shown) else '', '']
     return '\n'.join(text)

@@ -61,6 +61,6 @@ def tiny_run(
     localize(model, config, store).to_csv(localized/'scores.csv', index=False)
     synchronise(model, config, store).to_csv(localized/'synchronisation.csv', index=False)
     params['finetune']['esc50'] = params['finetune']['esc50'] | dict(epochs=1)
-    predictions = finetune(lambda: (model, config), ClipStore(artifacts/'clips'/'esc50'), task_config(params, 'esc50'), 0)
+    predictions = finetune(model, config, ClipStore(artifacts/'clips'/'esc50'), task_config(params, 'esc50'), 0)
     predictions.assign(setting='plain').to_csv(finetuned/'predictions.csv', index=False)
     return params

@@ -66,6 +66,13 @@ def test_results_are_written(project):
     metrics = pd.read_csv(project/'results'/'default'/'metrics.csv')
     assert metrics.variant.tolist() == tiny_params()['grid']['variants']
     assert metrics.drop(columns='variant').notna().all(axis=None)
+    tasks = pd.read_csv(project/'results'/'default'/'tasks.csv').set_index('variant')
+    for variant in metrics.variant:
+        told = pd.read_csv(project/'artifacts'/'finetune'/f'{variant}-esc50-0'/'predictions.csv')
+        hits = [(fold.label == fold.predicted).mean() for _, fold in told.groupby('round')]
+        assert len(hits) == 5 and tasks.value[variant] == pytest.approx(sum(hits)/5, abs=1e-5)
+        assert (project/'artifacts'/'finetune'/f'{variant}-esc50-0'/'networks'/'plain'/'fold-5.pt').exists()
+    assert '### Table 7' in (project/'results'/'default'/'tables.md').read_text()
     for name in ('losses', 'attention', 'similarity'):
         assert (project/'results'/'default'/f'{name}.png').stat().st_size > 5000
     steps = pd.read_csv(project/'artifacts'/'pretrain'/'glcm-0'/'steps.csv')
@@ -115,6 +122,7 @@ def test_own_videos_are_enough_to_pretrain(tmp_path):
     folder, params = tmp_path/'project', tiny_params()
     params['datasets'] = dict(holiday=dict(reader='folder', fps=10, short_side=64, max_rejected=0.5))
     params['pretrain']['datasets'] = ['holiday']
+    params['grid'] = params['grid'] | dict(datasets=['holiday'])
     copy_of_the_repository(folder, params)
     write_world(tmp_path/'world', workers=0, train=5, validate=0, speech=0, held_out=0, recordings=0)
     for k, film in enumerate(sorted((tmp_path/'world'/'kinetics700').rglob('*.mp4'))):

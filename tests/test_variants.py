@@ -10,6 +10,7 @@ from glcm.data.video import to_rgb
 from glcm.model import GLCM, glcm_loss
 from glcm.testing import tiny_params
 from glcm.runs import CODE, MachineConfig, run_config
+from glcm.tasks.finetune import TASK_CODE
 from glcm.train import training_step
 
 PARAMS = tiny_params()
@@ -45,6 +46,11 @@ def test_each_part_of_a_batch_is_counted_once_by_batch_norm():
 def test_code_of_a_checkpoint_is_what_the_stage_depends_on():
     stage = yaml.safe_load((root()/'dvc.yaml').read_text())['stages']['pretrain']
     assert {f'glcm/{name}.py' for name in CODE} == {path for path in stage['deps'] if path.startswith('glcm/')}
+
+
+def test_code_of_a_finetuning_is_what_the_stage_depends_on():
+    stage = yaml.safe_load((root()/'dvc.yaml').read_text())['stages']['finetune']
+    assert {f'glcm/{name}.py' for name in [*TASK_CODE, 'metrics']} == {path for path in stage['deps'] if path.startswith('glcm/')}
 
 
 def differences(variant):

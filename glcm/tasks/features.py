@@ -84,7 +84,7 @@ class Features(nn.Module):
         "The features of a batch of windows; raises `InputError` for shapes that cannot be."
         if not self.config.sees: return self.encoders['audio'](audio)
         frames, parts = self.normalized(video, length), []
-        attention = self.attention(frames, audio) if self.gaze else None
+        attention = self.attention(frames, audio, length) if self.gaze else None
         if 'global' in self.encoders:
             some, steps = frames[:, :, ::self.stride], torch.arange(frames.shape[2], device=frames.device)
             sparse = self.pooled('global', some, attention, None if length is None else -(-length//self.stride))
@@ -106,8 +106,13 @@ class Features(nn.Module):
         return mean_pool(features) if attention is None else attention_pool(features, attention)
 
     @torch.no_grad()
-    def attention(self, frames, audio):
-        "(B, H, W): where the pretrained network looks, given the sound."
+    def attention(self, frames, audio, length=None):
+        "(B, H, W): where the pretrained network looks, given the sound; at each padded clip by itself."
+        if length is not None:
+            alone = [(int(n), round(int(n)*audio.shape[2]/frames.shape[2])) for n in length]
+            return torch.cat([self.attention(frames[k:k + 1, :, :seen], audio[k:k + 1, :, :heard]) for k, (seen, heard) in enumerate(alone)])
+        if frames.shape[2] < self.gaze.config.global_frames:
+            raise InputError(f'{frames.shape[2]} frames are too few to attend: the global view has {self.gaze.config.global_frames}')
         sound = self.gaze.embed('audio_global', self.gaze.audio_encoder(audio).mean(-1, keepdim=True)).squeeze(-1)
         seen = self.gaze.embed('video_global', self.gaze.global_features(frames))
         return attention_map(sound, seen, self.gaze.config.attention_temperature)
