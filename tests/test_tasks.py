@@ -14,7 +14,7 @@ from glcm.model import GLCM
 from glcm.runs import run_config
 from glcm.tasks.classify import Classifier
 from glcm.tasks.finetune import finetune, fit, judged, shown
-from glcm.tasks.protocol import LabelledWindows, batches_of, task_config
+from glcm.tasks.protocol import LabelledWindows, batches_of, settings_of, task_config
 from glcm.tasks.sentences import SentenceReader, spelled
 from glcm.testing import tiny_clips, tiny_params
 
@@ -161,4 +161,18 @@ def test_sizes_of_the_paper():
         video = torch.zeros(1, 3, 29, 112, 112, dtype=torch.uint8)
         features = network.features(video, None)
         assert features.shape == (1, 1024, 29) and network(video, None).shape == (1, 500)
-    for task in params['finetune']: task_config(params, task)
+
+
+
+def test_the_full_grids_fit_together():
+    "Every task, in every setting, of every variant of the full grids, here and with the paper's values."
+    for name in ('params.yaml', 'params.paper.yaml', 'params.grid.yaml', 'params.esc10.yaml'):
+        params = read_params(root()/name)
+        for grid in [params['grid'], *params['grids'].values()]:
+            assert set(grid['variants']) <= set(params['variants']) and set(grid['tasks']) <= set(grid['datasets']) <= set(params['datasets'])
+            assert set(params['pretrain']['datasets']) | {params['localize']['dataset']} <= set(grid['datasets'])
+            for variant in grid['variants']:
+                for task in grid['tasks']:
+                    settings = settings_of(grid, variant, task)
+                    assert settings
+                    for setting in settings: task_config(params, task, setting)

@@ -47,6 +47,7 @@ class ClipConfig:
     max_rejected: float  # fraction of unusable files above which preprocessing fails
     reader: str | None = None  # which layout its folder has; default: the one called like the dataset
     crop: Literal['none', 'lips', 'face'] = 'none' # what is kept of the frames; crops need glcm[faces]
+    also: Literal['none', 'lips', 'face'] = 'none' # crops that are kept as well, in a folder of that name inside of the dataset's
     boxes: Literal['none', 'lips'] = 'none' # boxes to add for localization: around the lips of the face that speaks; needs glcm[faces]
     sound: bool = True         # False: pictures alone are kept, and silent films are as good as others
     clips: int | None = None   # so many clips, chosen at random; default: all
@@ -56,6 +57,7 @@ class ClipConfig:
         if self.fps < 1: raise InputError(f'fps should be at least 1, not {self.fps}')
         if self.short_side < 32 or self.short_side % 2:
             raise InputError(f'short_side should be even and at least 32 pixels, not {self.short_side}')
+        if self.also != 'none' and self.crop != 'none': raise InputError(f'crops of the {self.also} can be kept beside whole frames, not beside crops of the {self.crop}')
         if not 0 <= self.max_rejected <= 1: raise InputError(f'max_rejected is a fraction, not {self.max_rejected}')
         for name in ('clips', 'min_frames'):
             if (value := getattr(self, name)) is not None and value < 1: raise InputError(f'{name} should be at least 1, not {value}')
