@@ -169,7 +169,7 @@ OF_PAPER = {'esc50': 'ESC-50 top-1'} | {task: f'{TASKS[task]} {METRICS[metric]}'
 
 # %% ../nbs/27_tables.ipynb #019
 def printed(
-    reported: pd.DataFrame, # results/paper/reported.csv
+    reported: pd.DataFrame, # nbs/reported.csv
     number: int, # of the table
     line: Line,
     task: str,
@@ -183,7 +183,7 @@ def printed(
 
 def paper_tables(
     scores: pd.DataFrame, # as from `task_metrics`
-    reported: pd.DataFrame, # results/paper/reported.csv
+    reported: pd.DataFrame, # nbs/reported.csv
 ) -> str: # Markdown: Tables 1 to 7, measured here and printed there
     "The paper's tables with what was measured here beside what is printed there."
     text = []
