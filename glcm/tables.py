@@ -184,10 +184,11 @@ def printed(
 def paper_tables(
     scores: pd.DataFrame, # as from `task_metrics`
     reported: pd.DataFrame, # nbs/reported.csv
-) -> str: # Markdown: Tables 1 to 7, measured here and printed there
+) -> str: # Markdown: those of Tables 1 to 7 of which something was measured
     "The paper's tables with what was measured here beside what is printed there."
     text = []
     for number, (title, tasks, lines) in TABLES.items():
+        if not scores.task.isin(tasks).any(): continue
         own = [(f'{TASKS[t]} {METRICS[OF_TASK[t]]}', t) for t in tasks]
         text += [f'### Table {number}: {title}', '', '| | ' + ' | '.join(f'{name}, **here** | paper' for name, _ in own) + ' |', '|---' + '|--:'*2*len(own) + '|']
         for line in lines:
@@ -195,5 +196,5 @@ def paper_tables(
             cells = [cell for _, t in own for cell in (measured(here[(here.task == t) & (here.metric == OF_TASK[t])]), printed(reported, number, line, t))]
             text.append('| ' + ' | '.join([line.name, *cells]) + ' |')
         shown = scores[scores.task.isin(tasks) & (scores.task != 'esc50') & scores.setting.eq('plain')].input.unique()
-        text += ['', f'Frames here, where the row does not say: {", ".join(shown)}.' if len(shown) else '', '']
+        text += ['', *([f'Frames here, where the row does not say: {", ".join(shown)}.', ''] if len(shown) else [])]
     return '\n'.join(text)

@@ -72,7 +72,7 @@ def test_results_are_written(project):
         hits = [(fold.label == fold.predicted).mean() for _, fold in told.groupby('round')]
         assert len(hits) == 5 and tasks.value[variant] == pytest.approx(sum(hits)/5, abs=1e-5)
         assert (project/'artifacts'/'finetune'/f'{variant}-esc50-0'/'networks'/'plain'/'fold-5.pt').exists()
-    assert '### Table 7' in (project/'results'/'default'/'tables.md').read_text()
+    assert '### Table 3' in (project/'results'/'default'/'tables.md').read_text()
     for name in ('losses', 'attention', 'similarity'):
         assert (project/'results'/'default'/f'{name}.png').stat().st_size > 5000
     steps = pd.read_csv(project/'artifacts'/'pretrain'/'glcm-0'/'steps.csv')
