@@ -85,7 +85,7 @@ def test_second_run_does_nothing(project):
 
 @pytest.mark.parametrize('section, values, stages', [
     ('figures', dict(clips=3), {'figures'}),
-    ('finetune', dict(esc50=tiny_params()['finetune']['esc50'] | dict(epochs=2)), {'finetune'}),
+    ('finetune', dict(esc50=tiny_params()['finetune']['esc50'] | dict(epochs=2)), {'finetune', 'figures'}),
     ('pretrain', dict(lr=0.0005), {'pretrain'}),
     ('audio', dict(bands=64), {'preprocess', 'pretrain'}),
 ])
