@@ -16,7 +16,8 @@ from typing import NamedTuple
 import pandas as pd
 
 from .core import InputError, atomic_path
-from .metrics import read_predictions, success_auc, success_rate, task_scores
+from .metrics import read_predictions, task_scores
+from .tasks.localize import summarise
 from .tasks.protocol import task_config
 
 # %% ../nbs/27_tables.ipynb #005
@@ -30,9 +31,8 @@ def cell_metrics(
     folder = artifacts/'localize'/cell
     if not folder.exists(): raise InputError(f'{folder} is missing: run `dvc repro`')
     scores, sync = pd.read_csv(folder/'scores.csv'), pd.read_csv(folder/'synchronisation.csv')
-    own, together = scores[scores.method == 'model'], sync.offset == 0
-    return dict(variant=variant, seed=seed, pointing=own.pointing.mean(), ciou_50=success_rate(own.ciou),
-                auc=success_auc(own.ciou), synchronisation=sync[together].hits.mean(),
+    together = sync.offset == 0
+    return dict(variant=variant, seed=seed, **summarise(scores).loc['model'], synchronisation=sync[together].hits.mean(),
                 synchronisation_shifted=sync[~together].hits.mean())
 
 # %% ../nbs/27_tables.ipynb #006
@@ -40,9 +40,7 @@ def baseline_metrics(
     scores: pd.DataFrame, # as `glcm.tasks.localize.localize` returns
 ) -> pd.DataFrame: # variant, pointing, ciou_50, auc
     "The baselines' numbers, in the form of the other table."
-    rows = scores[scores.method != 'model'].groupby('method', sort=False)
-    return pd.DataFrame([dict(variant=name, pointing=r.pointing.mean(), ciou_50=success_rate(r.ciou),
-                              auc=success_auc(r.ciou)) for name, r in rows])
+    return summarise(scores).drop('model').rename_axis('variant').reset_index()
 
 # %% ../nbs/27_tables.ipynb #007
 MAIN = 'top1', 'auc', 'wer' # the metric by which a task is compared
@@ -68,6 +66,13 @@ COLUMNS = dict(pointing='pointing game', ciou_50='cIoU@0.5', auc='AUC', synchron
 ROWS = dict(glcm='GLCM', glcm_no_local='GLCM without the local loss', glcm_no_mil='GLCM without MIL', glcm_mean_pool='GLCM, mean pooling',
             scratch='random weights', centre='centre box', whole='whole image', random='random map')
 
+def _markdown(
+    columns: list, # names of the columns of numbers
+    rows: list, # of lists of cells, the first one the row's name
+) -> list[str]:
+    "The lines of a Markdown table."
+    return ['| | ' + ' | '.join(columns) + ' |', '|---' + '|--:'*len(columns) + '|', *('| ' + ' | '.join(row) + ' |' for row in rows)]
+
 def _cell(values: pd.Series) -> str:
     values = 100*values.dropna()
     if values.empty: return ''
@@ -80,11 +85,8 @@ def results_table(
     "A study's numbers as a Markdown table: mean over seeds, lowest and highest in brackets."
     table = pd.concat([pd.read_csv(Path(folder)/name) for name in ('metrics.csv', 'baselines.csv')])
     columns = [c for c in COLUMNS if c in table]
-    lines = ['| | ' + ' | '.join(COLUMNS[c] for c in columns) + ' |', '|---' + '|--:'*len(columns) + '|']
-    for variant, rows in table.groupby('variant', sort=False):
-        cells = [ROWS.get(variant, variant), *(_cell(rows[c]) for c in columns)]
-        lines.append('| ' + ' | '.join(cells) + ' |')
-    return '\n'.join(lines)
+    return '\n'.join(_markdown([COLUMNS[c] for c in columns], [[ROWS.get(variant, variant), *(_cell(rows[c]) for c in columns)]
+                                                               for variant, rows in table.groupby('variant', sort=False)]))
 
 # %% ../nbs/27_tables.ipynb #011
 TASKS = dict(esc50='ESC-50', esc10='ESC-10', lrw='LRW', lrs2='LRS2', grid='GRID sentences', grid_words='GRID words', dfdc='DFDC', ucf101='UCF101', hmdb51='HMDB51')
@@ -105,12 +107,11 @@ def tasks_table(
 ) -> str: # Markdown
     "All tasks, variants and settings of a study."
     columns = [(task, metric) for task, metric in scores[['task', 'metric']].drop_duplicates().itertuples(index=False) if metric in MAIN]
-    lines = ['| | ' + ' | '.join(f'{TASKS.get(task, task)} {METRICS[metric]}' for task, metric in columns) + ' |', '|---' + '|--:'*len(columns) + '|']
+    lines = []
     for (variant, setting), rows in scores.groupby(['variant', 'setting'], sort=False):
-        cells = [measured(rows[(rows.task == task) & (rows.metric == metric)]) for task, metric in columns]
         name = ', '.join(filter(None, (ROWS.get(variant, variant), SETTINGS.get(setting, setting))))
-        lines.append('| ' + ' | '.join([name, *cells]) + ' |')
-    return '\n'.join(lines)
+        lines.append([name, *(measured(rows[(rows.task == task) & (rows.metric == metric)]) for task, metric in columns)])
+    return '\n'.join(_markdown([f'{TASKS.get(task, task)} {METRICS[metric]}' for task, metric in columns], lines))
 
 # %% ../nbs/27_tables.ipynb #015
 def write_between_marks(
@@ -165,7 +166,7 @@ TABLES = {
                                                                 Line('lip or face crop', 'glcm', system='GLCM best (lip or face crop)', inputs=('lip_crop', 'face_crop'))]),
 }
 OF_TASK = dict(lrs2='wer', lrw='top1', dfdc='auc', ucf101='top1', hmdb51='top1', esc50='top1') # task -> metric
-OF_PAPER = {'esc50': 'ESC-50 top-1'} | {task: f'{TASKS[task]} {METRICS[metric]}' for task, metric in OF_TASK.items()} # task -> metric's name there
+OF_PAPER = {task: f'{TASKS[task]} {METRICS[metric]}' for task, metric in OF_TASK.items()} # task -> metric's name there
 
 # %% ../nbs/27_tables.ipynb #019
 def printed(
@@ -189,12 +190,11 @@ def paper_tables(
     text = []
     for number, (title, tasks, lines) in TABLES.items():
         if not scores.task.isin(tasks).any(): continue
-        own = [(f'{TASKS[t]} {METRICS[OF_TASK[t]]}', t) for t in tasks]
-        text += [f'### Table {number}: {title}', '', '| | ' + ' | '.join(f'{name}, **here** | paper' for name, _ in own) + ' |', '|---' + '|--:'*2*len(own) + '|']
+        rows = []
         for line in lines:
             here = scores[(scores.variant == line.variant) & (scores.input.isin(line.inputs) & scores.setting.isin(INPUTS) if line.inputs else scores.setting == line.setting)]
-            cells = [cell for _, t in own for cell in (measured(here[(here.task == t) & (here.metric == OF_TASK[t])]), printed(reported, number, line, t))]
-            text.append('| ' + ' | '.join([line.name, *cells]) + ' |')
+            rows.append([line.name, *(cell for t in tasks for cell in (measured(here[(here.task == t) & (here.metric == OF_TASK[t])]), printed(reported, number, line, t)))])
+        text += [f'### Table {number}: {title}', '', *_markdown([name for t in tasks for name in (f'{OF_PAPER[t]}, **here**', 'paper')], rows)]
         shown = scores[scores.task.isin(tasks) & (scores.task != 'esc50') & scores.setting.eq('plain')].input.unique()
         text += ['', *([f'Frames here, where the row does not say: {", ".join(shown)}.', ''] if len(shown) else [])]
     return '\n'.join(text)

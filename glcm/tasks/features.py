@@ -47,8 +47,7 @@ def unpadded(
         x, *rest = inputs
         keep = inside_clips(-(-length//halving(frames, x.shape[2])), x.shape[2])
         return x*keep[:, None, :, None, None], *rest
-    padded = length is not None and bool((length < frames).any())
-    hooks = [m.register_forward_pre_hook(mask) for m in encoder.modules() if isinstance(m, (CONV[3], POOL[3]))] if padded else []
+    hooks = [] if length is None else [m.register_forward_pre_hook(mask) for m in encoder.modules() if isinstance(m, (CONV[3], POOL[3]))]
     try: yield
     finally:
         for hook in hooks: hook.remove()
@@ -83,6 +82,7 @@ class Features(nn.Module):
     ) -> torch.Tensor: # (B, channels, T); of sound alone (B, channels, slices)
         "The features of a batch of windows; raises `InputError` for shapes that cannot be."
         if not self.config.sees: return self.encoders['audio'](audio)
+        if length is not None and not (length < video.shape[2]).any(): length = None
         frames, parts = self.normalized(video, length), []
         attention = self.attention(frames, audio, length) if self.gaze else None
         if 'global' in self.encoders:

@@ -26,7 +26,7 @@ from ..data.video import to_rgb
 from ..model import GLCM
 from ..runs import CODE, RunConfig, data_hash
 from .classify import Classifier
-from .protocol import LabelledWindows, SentenceConfig, TaskConfig, batches_of, epoch_keys, rounds, test_keys
+from .protocol import LabelledWindows, TaskConfig, batches_of, epoch_keys, parse_task, rounds, test_keys
 from .sentences import SentenceReader
 from ..train import reduced_precision
 
@@ -109,8 +109,7 @@ def load_network(
     except Exception as e: raise InputError(f'{path} is not a readable network ({type(e).__name__})') from None
     parts = dict(format=int, run=dict, task=dict, labels=list, weights=dict)
     if not isinstance(state, dict) or any(not isinstance(state.get(name), kind) for name, kind in parts.items()): raise InputError(f'{path} is not a network that was finetuned by glcm')
-    kind = SentenceConfig if state['task'].get('target') == 'text' else TaskConfig
-    run, config = parse(RunConfig, state['run'], f'the run in {path}'), parse(kind, state['task'], f'the task in {path}')
+    run, config = parse(RunConfig, state['run'], f'the run in {path}'), parse_task(state['task'], f'the task in {path}')
     network = KINDS[config.target](GLCM(run.model), run, config, state['labels'])
     try: network.load_state_dict(state['weights'])
     except RuntimeError as e: raise InputError(f'the weights in {path} do not fit its {len(state["labels"])} labels and its configuration: {e}') from None
@@ -163,7 +162,7 @@ def _check_sound(store: ClipStore, config: TaskConfig, run: RunConfig):
     "Raise `InputError` where the stored spectrograms are not those that the network was trained on."
     wanted = dict(bands=run.model.bands, columns_per_second=run.audio.sample_rate/run.audio.hop)
     stored = {name: store.about[name] for name in wanted}
-    if (config.attends or config.modality != 'video') and stored != wanted:
+    if config.hears and stored != wanted:
         raise InputError(f'{store.folder} has spectrograms of {stored}, the checkpoint was trained on {wanted}: preprocess with its audio parameters')
 
 def _targets(network: nn.Module, store: ClipStore, clips: list) -> dict:
