@@ -17,20 +17,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from . import __version__
-from .core import InputError, atomic_path, parse
+from .core import InputError, atomic_path
 from .model import GLCM
-from .runs import RunConfig, load_model, read_checkpoint
+from .runs import RunConfig, load_model, model_in, read_checkpoint
 
 # %% ../nbs/28_export.ipynb #005
 def model_card(
-    state: dict, # content of a checkpoint
+    model: GLCM,
+    config: RunConfig, # how it was trained
+    state: dict, # data and step, as in its checkpoint
     metrics: dict, # name -> value, as measured
 ) -> str: # Markdown
     "What a model is, how to load it, what it takes, what it was trained on and how well it did."
-    config = parse(RunConfig, state['config'], 'the configuration')
     audio, views, pretrain = config.audio, config.views, config.pretrain
     rate = audio.sample_rate/audio.hop/config.model.mel_per_step
-    parameters = sum(p.numel() for p in GLCM(config.model).parameters())
+    parameters = sum(p.numel() for p in model.parameters())
     table = '\n'.join(f'| {name} | {value:g} |' for name, value in metrics.items())
     return f'''# glcm, variant {config.variant}, seed {config.seed}
 
@@ -58,21 +59,25 @@ The configuration is in `config.json`.
 def export(
     checkpoint: str | Path, # a checkpoint.pt, or the folder it is in
     folder: str | Path, # to write model.safetensors, config.json and README.md to; must not exist
-    metrics: dict = {}, # name -> value, for the model card
+    results: str | Path | None = None, # metrics.csv of a study, with a row for this variant and seed, for the model card
 ):
     "Write a bundle of weights, configuration and model card; raises `InputError` where there is no checkpoint, or where something would be overwritten."
     checkpoint, folder = Path(checkpoint), Path(folder)
     if folder.exists(): raise InputError(f'{folder} exists: choose another name, or remove it')
     if checkpoint.is_dir(): checkpoint = checkpoint/'checkpoint.pt'
-    model, config = load_model(checkpoint)
     state = read_checkpoint(checkpoint)
+    model, config = model_in(state, checkpoint)
+    metrics = {}
+    if results and Path(results).exists():
+        rows = pd.read_csv(results).query('variant == @config.variant and seed == @config.seed')
+        metrics = rows.drop(columns=['variant', 'seed']).iloc[0].dropna().to_dict() if len(rows) else {}
     text = json.dumps(asdict(config), indent=2)
     with atomic_path(folder) as bundle:
         bundle.mkdir()
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
         save_file(weights, bundle/'model.safetensors', dict(format='pt', glcm=text))
         (bundle/'config.json').write_text(text + '\n')
-        (bundle/'README.md').write_text(model_card(state, metrics))
+        (bundle/'README.md').write_text(model_card(model, config, state, metrics))
 
 # %% ../nbs/28_export.ipynb #009
 def load(
@@ -87,12 +92,9 @@ def load(
         with safe_open(path, 'pt') as file:
             about, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as e: raise InputError(f'{path} is not a readable safetensors file ({e})') from None
-    if 'glcm' not in about: raise InputError(f'{path} is not a model of glcm: its header has no configuration')
-    config = parse(RunConfig, json.loads(about['glcm']), f'the configuration in {path}')
-    model = GLCM(config.model)
-    try: model.load_state_dict(weights)
-    except RuntimeError as e: raise InputError(f'the weights in {path} do not fit its configuration: {e}') from None
-    return model.eval(), config
+    try: config = json.loads(about['glcm'])
+    except (KeyError, ValueError): raise InputError(f'{path} is not a model of glcm: its header has no configuration') from None
+    return model_in(dict(config=config, model=weights), path)
 
 # %% ../nbs/28_export.ipynb #015
 def main(arguments: list[str] | None = None):
@@ -102,14 +104,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument('folder', help='the bundle to make')
     parser.add_argument('--results', default='results/default/metrics.csv', help='file with a row for this variant and seed (%(default)s)')
     given = parser.parse_args(arguments)
-    try:
-        path = Path(given.checkpoint)
-        config = load_model(path/'checkpoint.pt' if path.is_dir() else path)[1]
-        metrics = {}
-        if Path(given.results).exists():
-            rows = pd.read_csv(given.results).query('variant == @config.variant and seed == @config.seed')
-            metrics = rows.drop(columns=['variant', 'seed']).iloc[0].dropna().to_dict() if len(rows) else {}
-        export(given.checkpoint, given.folder, metrics)
+    try: export(given.checkpoint, given.folder, given.results)
     except InputError as e: sys.exit(str(e))
 
 # %% ../nbs/28_export.ipynb #016

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['CODE', 'COLUMNS', 'PretrainConfig', 'RunConfig', 'run_config', 'MachineConfig', 'data_hash', 'save_checkpoint',
-           'read_checkpoint', 'load_model', 'code_version', 'differences', 'Resume', 'run_hash']
+           'read_state', 'with_weights', 'read_checkpoint', 'model_in', 'load_model', 'code_hash', 'code_version',
+           'differences', 'Resume', 'run_hash']
 
 # %% ../nbs/17_runs.ipynb #002
 import hashlib
@@ -18,6 +19,7 @@ from typing import Literal
 
 import pandas as pd
 import torch
+from torch import nn
 
 import glcm
 from .core import InputError, atomic_path, override, parse
@@ -123,41 +125,67 @@ def save_checkpoint(
         torch.save(dict(format=1, config=asdict(config), data=data, step=step, model=model.state_dict(), **more), scratch)
         with open(scratch, 'rb') as file: os.fsync(file.fileno()) # on the disk before it gets its name
 
-# %% ../nbs/17_runs.ipynb #015
+# %% ../nbs/17_runs.ipynb #016
+def read_state(
+    path: str | Path, # a file written by `torch.save`
+    kind: str, # what it should be, for error messages
+    **parts: type, # what it should hold
+) -> dict: # format, and these parts
+    "The tensors and numbers in a file, on the CPU; no code in it is run. Raises `InputError` for a damaged file, or one of another kind."
+    try: state = torch.load(path, map_location='cpu', weights_only=True)
+    except Exception as e: raise InputError(f'{path} is not a readable {kind} ({type(e).__name__})') from None
+    if not isinstance(state, dict) or state.get('format') != 1 or any(not isinstance(state.get(name), part) for name, part in parts.items()):
+        raise InputError(f'{path} is not a {kind} of glcm')
+    return state
+
+def with_weights(
+    network: nn.Module,
+    weights: dict, # name -> tensor
+    path: str | Path, # where they are from, for error messages
+    fit: str = 'its configuration', # what they should fit
+) -> nn.Module: # the network, ready for evaluation
+    "A network with other weights; raises `InputError` where they are not its own."
+    try: network.load_state_dict(weights)
+    except RuntimeError as e: raise InputError(f'the weights in {path} do not fit {fit}: {e}') from None
+    return network.eval()
+
+# %% ../nbs/17_runs.ipynb #017
 def read_checkpoint(
     path: str | Path, # a file written by `save_checkpoint`
 ) -> dict: # format, config, data, step, model and perhaps more
-    "The content of a checkpoint, on the CPU; raises `InputError` for a missing, damaged or foreign file."
-    path = Path(path)
-    if not path.exists(): raise InputError(f'no checkpoint {path}: pretrain first (`dvc repro pretrain`)')
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise InputError(f'{path} is not a readable checkpoint ({type(e).__name__})') from None
-    if not isinstance(state, dict) or state.get('format') != 1: raise InputError(f'{path} is not a checkpoint of glcm')
-    return state
+    "The content of a checkpoint; raises `InputError` for a missing, damaged or foreign file."
+    if not Path(path).exists(): raise InputError(f'no checkpoint {path}: pretrain first (`dvc repro pretrain`)')
+    return read_state(path, 'checkpoint', config=dict, data=str, step=int, model=dict)
 
-# %% ../nbs/17_runs.ipynb #016
+def model_in(
+    state: dict, # config and model, as in a checkpoint
+    path: str | Path, # where it is from, for error messages
+) -> tuple[GLCM, RunConfig]: # the model, ready for evaluation, and how it was trained
+    "The model of a configuration, with its weights; raises `InputError` where the two do not belong together."
+    config = parse(RunConfig, state['config'], f'the configuration in {path}')
+    return with_weights(GLCM(config.model), state['model'], path), config
+
 def load_model(
     path: str | Path, # a checkpoint
 ) -> tuple[GLCM, RunConfig]: # the model, ready for evaluation, and how it was trained
-    "The model in a checkpoint; raises `InputError` where weights and configuration do not belong together."
-    state = read_checkpoint(path)
-    config = parse(RunConfig, state['config'], f'the configuration in {path}')
-    model = GLCM(config.model)
-    try: model.load_state_dict(state['model'])
-    except RuntimeError as e: raise InputError(f'the weights in {path} do not fit its configuration: {e}') from None
-    return model.eval(), config
+    "The model in a checkpoint; raises `InputError` as `read_checkpoint` and `model_in` do."
+    return model_in(read_checkpoint(path), path)
 
-# %% ../nbs/17_runs.ipynb #019
+# %% ../nbs/17_runs.ipynb #020
 CODE = ['core', 'data/audio', 'data/lists', 'data/shards', 'data/video', 'data/views', 'attention', 'distributed', 'encoders', 'losses', 'model', 'runs',
         'train'] # modules that pretraining runs
 
+def code_hash(
+    modules: list[str], # of this package
+) -> str: # 16 hexadecimal digits
+    "A name for the sources of some modules."
+    return hashlib.sha256(b''.join((Path(glcm.__path__[0])/f'{name}.py').read_bytes() for name in modules)).hexdigest()[:16]
+
 def code_version() -> dict: # code: a hash of the modules that pretraining runs; commit: of git, where there is one
     "Which code is running."
-    package = Path(glcm.__path__[0])
-    sources = hashlib.sha256(b''.join((package/f'{name}.py').read_bytes() for name in CODE))
-    try: commit = subprocess.run(['git', '-C', str(package), 'rev-parse', '--short=12', 'HEAD'], capture_output=True, text=True).stdout.strip()
+    try: commit = subprocess.run(['git', '-C', glcm.__path__[0], 'rev-parse', '--short=12', 'HEAD'], capture_output=True, text=True).stdout.strip()
     except OSError: commit = '' # no git here
-    return dict(code=sources.hexdigest()[:16], commit=commit or 'no commit')
+    return dict(code=code_hash(CODE), commit=commit or 'no commit')
 
 def _flat(values, name=''):
     "Nested dictionaries as one, with dotted names."
@@ -174,7 +202,7 @@ def differences(
     if 'code' in changed: changed.append('commit')
     return [f"{name.removeprefix('config.')}: {then.get(name, 'absent')} then, {now.get(name, 'absent')} now" for name in changed]
 
-# %% ../nbs/17_runs.ipynb #021
+# %% ../nbs/17_runs.ipynb #022
 COLUMNS = 'loss', 'global_loss', 'local_loss', 'lr' # of a run's losses, one row for each step
 
 class Resume:
@@ -206,8 +234,7 @@ class Resume:
                 print(f'{e}: trying the one before it')
                 continue
             self.check(state, path)
-            try: model.load_state_dict(state['model'])
-            except RuntimeError as e: raise InputError(f'the network of {path} is another: {e}') from None
+            with_weights(model, state['model'], path)
             optimizer.load_state_dict(state['optimizer'])
             for group in optimizer.param_groups: group['weight_decay'] = self.config.pretrain.weight_decay # it may have been changed
             return [dict(step=step) | dict(zip(COLUMNS, row)) for step, row in enumerate(state['history'].tolist())]
@@ -245,7 +272,7 @@ class Resume:
         for path in self.folder.glob('.checkpoint-*.partial'): shutil.rmtree(path) # of a process that was killed while writing
         if self.folder.exists() and not any(self.folder.iterdir()): self.folder.rmdir()
 
-# %% ../nbs/17_runs.ipynb #027
+# %% ../nbs/17_runs.ipynb #028
 def run_hash(
     config: RunConfig,
     data: str, # hash of the clips

@@ -19,12 +19,11 @@ import pandas as pd
 import torch
 from torch import nn
 
-import glcm
 from ..core import InputError, atomic_path, parse, progress, seed_everything
 from ..data.shards import ClipStore
 from ..data.video import to_rgb
 from ..model import GLCM
-from ..runs import CODE, RunConfig, data_hash
+from ..runs import CODE, RunConfig, code_hash, data_hash, read_state, with_weights
 from .classify import Classifier
 from .protocol import LabelledWindows, TaskConfig, batches_of, epoch_keys, parse_task, rounds, test_keys
 from .sentences import SentenceReader
@@ -105,15 +104,10 @@ def load_network(
     path: str | Path, # a file written by `save_network`
 ) -> tuple[nn.Module, RunConfig]: # the network, in evaluation mode, and how it was pretrained
     "A finetuned network; runs no code in the file. Raises `InputError` where it is none, or its weights are of other widths or classes."
-    try: state = torch.load(path, map_location='cpu', weights_only=True)
-    except Exception as e: raise InputError(f'{path} is not a readable network ({type(e).__name__})') from None
-    parts = dict(format=int, run=dict, task=dict, labels=list, weights=dict)
-    if not isinstance(state, dict) or any(not isinstance(state.get(name), kind) for name, kind in parts.items()): raise InputError(f'{path} is not a network that was finetuned by glcm')
+    state = read_state(path, 'finetuned network', run=dict, task=dict, labels=list, weights=dict)
     run, config = parse(RunConfig, state['run'], f'the run in {path}'), parse_task(state['task'], f'the task in {path}')
     network = KINDS[config.target](GLCM(run.model), run, config, state['labels'])
-    try: network.load_state_dict(state['weights'])
-    except RuntimeError as e: raise InputError(f'the weights in {path} do not fit its {len(state["labels"])} labels and its configuration: {e}') from None
-    return network.eval(), run
+    return with_weights(network, state['weights'], path, f'its {len(state["labels"])} labels and its configuration'), run
 
 # %% ../../nbs/25_tasks.finetune.ipynb #010
 class Unfinished:
@@ -130,11 +124,12 @@ class Unfinished:
     ) -> dict: # rounds that are over (rows of predictions), and perhaps network, optimizer, schedule and epoch of the next
         "What the same run has left; nothing of any other, and nothing of a damaged file."
         self.about = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-        try: state = torch.load(self.path, map_location='cpu', weights_only=True)
-        except FileNotFoundError: return dict(rows=[], rounds=0)
-        except Exception as e: state = type(e).__name__
-        if isinstance(state, dict) and state.get('about') == self.about: return state
-        print(f'{self.path} is of another run, or damaged: beginning anew')
+        try:
+            state = read_state(self.path, 'state of a finetuning', about=str, rows=list, rounds=int)
+            if state['about'] == self.about: return state
+            print(f'{self.path} is of another run: beginning anew')
+        except InputError as e:
+            if self.path.exists(): print(f'{e}: beginning anew')
         return dict(rows=[], rounds=0)
 
     def save(
@@ -144,7 +139,7 @@ class Unfinished:
     ):
         "Keep the state, if it is time."
         if not now and time.monotonic() - self.written < 60*self.minutes: return
-        with atomic_path(self.path) as scratch: torch.save(state() | dict(about=self.about), scratch)
+        with atomic_path(self.path) as scratch: torch.save(state() | dict(format=1, about=self.about), scratch)
         self.written = time.monotonic()
 
 TASK_CODE = [*CODE, 'data/catalogue', 'tasks/classify', 'tasks/features', 'tasks/finetune', 'tasks/protocol', 'tasks/sentences'] # modules that finetuning runs
@@ -153,7 +148,7 @@ def fingerprint(
     weights: dict, # name -> tensor
 ) -> str:
     "A name for weights, and for the code that finetunes them."
-    digest = hashlib.sha256(b''.join((Path(glcm.__path__[0])/f'{name}.py').read_bytes() for name in TASK_CODE))
+    digest = hashlib.sha256(code_hash(TASK_CODE).encode())
     for name, tensor in weights.items(): digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
     return digest.hexdigest()
 
