@@ -55,7 +55,8 @@ def task_metrics(
         path = artifacts/'finetune'/f'{variant}-{task}-{seed}'/'predictions.csv'
         if not path.exists(): raise InputError(f'{path} is missing: run `dvc repro`')
         for setting, rows in read_predictions(path).groupby('setting', sort=False):
-            about = dict(variant=variant, seed=seed, task=task, setting=setting, input=task_config(params, task, setting).input)
+            config = task_config(params, task, setting)
+            about = dict(variant=variant, seed=seed, task=task, setting=setting, input=config.input if config.sees else 'sound')
             tables.append(task_scores(rows).reset_index().assign(**about))
     columns = ['variant', 'seed', 'task', 'setting', 'input', 'metric', 'value', 'low', 'high', 'clips']
     return pd.concat(tables)[columns] if tables else pd.DataFrame(columns=columns)
@@ -195,6 +196,7 @@ def paper_tables(
             here = scores[(scores.variant == line.variant) & (scores.input.isin(line.inputs) & scores.setting.isin(INPUTS) if line.inputs else scores.setting == line.setting)]
             rows.append([line.name, *(cell for t in tasks for cell in (measured(here[(here.task == t) & (here.metric == OF_TASK[t])]), printed(reported, number, line, t)))])
         text += [f'### Table {number}: {title}', '', *_markdown([name for t in tasks for name in (f'{OF_PAPER[t]}, **here**', 'paper')], rows)]
-        shown = scores[scores.task.isin(tasks) & (scores.task != 'esc50') & scores.setting.eq('plain')].input.unique()
-        text += ['', *([f'Frames here, where the row does not say: {", ".join(shown)}.', ''] if len(shown) else [])]
+        counts = scores[scores.task.isin(tasks)].groupby(['task', 'input'], sort=False).clips.first()
+        tested = [f"{TASKS[task]} {', '.join(f'{count} ({input})' for (_, input), count in own.items())}" for task, own in counts.groupby('task', sort=False)]
+        text += ['', f'Clips tested here: {"; ".join(tested)}. A row that names no input has the first one.', '']
     return '\n'.join(text)
