@@ -154,11 +154,12 @@ def drawn(
 def task_scores(
     predictions: pd.DataFrame, # a row per test clip, as from `glcm.tasks.finetune.finetune`
     samples: int = 1000, # draws of the bootstrap
-) -> pd.DataFrame: # metric (index), value, low and high: its 95% interval, clips
-    "The numbers of a task, each with a bootstrap interval: top1; or auc, log_loss, balanced_60; or wer, cer."
+) -> pd.DataFrame: # metric (index), value, spread: its standard deviation over the rounds, low and high: its 95% interval, clips
+    "The numbers of a task, each with a bootstrap interval and, where there are several rounds, with their spread: top1; or auc, log_loss, balanced_60; or wer, cer."
     if 'text' in predictions: table, score = sentence_errors(predictions), sentence_scores
     elif 'logit' in predictions: table, score = predictions, deepfake_scores
     else: table, score = predictions, lambda rows: dict(top1=round_accuracy(rows).mean())
     draws = pd.DataFrame([score(table.iloc[rows]) for rows in islice(drawn(predictions, generator('bootstrap')), samples)])
-    about = dict(low=draws.quantile(0.025), high=draws.quantile(0.975), clips=predictions['clip'].nunique())
+    each = pd.DataFrame([score(rows) for _, rows in table.groupby('round')])
+    about = dict(spread=each.std(), low=draws.quantile(0.025), high=draws.quantile(0.975), clips=predictions['clip'].nunique())
     return pd.DataFrame(dict(value=score(table)) | about).rename_axis('metric')

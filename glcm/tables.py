@@ -48,7 +48,7 @@ MAIN = 'top1', 'auc', 'wer' # the metric by which a task is compared
 def task_metrics(
     artifacts: Path, # folder of the stages' outputs
     params: dict, # sections datasets, finetune, grid and settings, as in params.yaml
-) -> pd.DataFrame: # variant, seed, task, setting, input, metric, value, low, high, clips
+) -> pd.DataFrame: # variant, seed, task, setting, input, metric, value, spread, low, high, clips
     "The numbers of all finetuned tasks; raises `InputError` where one was not run."
     tables, grid = [], params['grid']
     for variant, task, seed in product(grid['variants'], grid['tasks'], grid['seeds']):
@@ -58,7 +58,7 @@ def task_metrics(
             config = task_config(params, task, setting)
             about = dict(variant=variant, seed=seed, task=task, setting=setting, input=config.input if config.sees else 'sound')
             tables.append(task_scores(rows).reset_index().assign(**about))
-    columns = ['variant', 'seed', 'task', 'setting', 'input', 'metric', 'value', 'low', 'high', 'clips']
+    columns = ['variant', 'seed', 'task', 'setting', 'input', 'metric', 'value', 'spread', 'low', 'high', 'clips']
     return pd.concat(tables)[columns] if tables else pd.DataFrame(columns=columns)
 
 # %% ../nbs/27_tables.ipynb #009
@@ -98,10 +98,12 @@ SETTINGS = {'plain': '', 'frame': 'full frame', 'lips': 'lip crop', 'face': 'fac
 def measured(
     scores: pd.DataFrame, # as from `task_metrics`, one metric of one task, variant and setting
 ) -> str: # in percent; empty where there is nothing
-    "A number with its bootstrap interval, or the mean of several seeds with the lowest and highest."
+    "A number with its spread over folds or splits and its bootstrap interval, or the mean of several seeds with the lowest and highest."
     if scores.empty: return ''
-    low, high = (scores.low.iloc[0], scores.high.iloc[0]) if len(scores) == 1 else (scores.value.min(), scores.value.max())
-    return f'{100*scores.value.mean():.1f} ({100*low:.1f} to {100*high:.1f})'
+    one = len(scores) == 1
+    low, high = (scores.low.iloc[0], scores.high.iloc[0]) if one else (scores.value.min(), scores.value.max())
+    spread = f' ± {100*scores.spread.iloc[0]:.1f}' if one and scores.spread.notna().all() else ''
+    return f'{100*scores.value.mean():.1f}{spread} ({100*low:.1f} to {100*high:.1f})'
 
 def tasks_table(
     scores: pd.DataFrame, # as from `task_metrics`
