@@ -92,8 +92,8 @@ def results_table(
 # %% ../nbs/27_tables.ipynb #011
 TASKS = dict(esc50='ESC-50', esc10='ESC-10', lrw='LRW', lrs2='LRS2', grid='GRID sentences', grid_words='GRID words', dfdc='DFDC', ucf101='UCF101', hmdb51='HMDB51')
 METRICS = dict(top1='top-1', auc='AUC', wer='WER')
-SETTINGS = {'plain': '', 'frame': 'full frame', 'lips': 'lip crop', 'face': 'face crop', 'global': 'global features', 'local': 'local features', 'attention': 'attention', 'sound': 'with sound', 'probe': 'linear probe',
-            'tenth': '10% of the labels', 'hundredth': '1% of the labels'}
+SETTINGS = {'plain': '', 'frame': 'full frame', 'lips': 'lip crop', 'face': 'face crop', 'global': 'global features', 'local': 'local features', 'attention': 'attention', 'sound': 'with sound', 'probe': 'encoders frozen',
+            'tenth': '10% of the labels', 'hundredth': '1% of the labels', 'probe_tenth': 'encoders frozen, 10% of the labels', 'probe_hundredth': 'encoders frozen, 1% of the labels'}
 
 def measured(
     scores: pd.DataFrame, # as from `task_metrics`, one metric of one task, variant and setting

@@ -91,7 +91,7 @@ def config(**values):
 
 
 @pytest.mark.parametrize('values', [
-    dict(features='global'), dict(features='local'), dict(probe=True), dict(input='full_frame+attention'), dict(modality='video+audio'),
+    dict(features='global'), dict(features='local'), dict(probe=True), dict(frozen=2), dict(probe=True, modality='audio'), dict(input='full_frame+attention'), dict(modality='video+audio'),
     dict(modality='audio'), dict(crops=3, modality='video+audio', input='full_frame+attention'), dict(labels=0.5)])
 def test_every_choice_trains_and_tells(films, values):
     table = finetune(*new_model(), films, config(**values), 0)

@@ -33,7 +33,15 @@ class Classifier(nn.Module):
         self.head = nn.Linear(self.features.channels, 1 if config.target == 'fake' else len(self.labels))
 
     def forward(self, video, audio, length=None): # (B, classes) logits; (B, 1) of being FAKE
-        return self.head(self.norm(clip_mean(self.features(video, audio, length), length)))
+        return self.told(self.features(video, audio, length), length)
+
+    def told(
+        self,
+        features: torch.Tensor, # (B, channels, T)
+        length: torch.Tensor | None = None, # (B,) steps of each clip; None: all T
+    ) -> torch.Tensor: # as of the whole forward pass
+        "What the features say."
+        return self.head(self.norm(clip_mean(features, length)))
 
     def target(
         self,

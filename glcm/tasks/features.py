@@ -65,13 +65,21 @@ class Features(nn.Module):
         if config.attends: del self.gaze.local_encoder
         for name in ('mean', 'std'): self.register_buffer(name, getattr(model, name), persistent=False)
         self.channels = sum(encoder.channels for encoder in self.encoders.values())
-        if config.probe: self.encoders.requires_grad_(False)
+        self.freeze(config.probe)
+
+    def freeze(
+        self,
+        frozen: bool, # whether the encoders stay as they are
+    ):
+        "Keep the encoders as they are, or let them learn."
+        self.frozen = frozen
+        self.encoders.requires_grad_(not frozen)
 
     def train(self, mode: bool = True):
-        "The copy that attends is never in training, and the encoders of a probe are not."
+        "The copy that attends is never in training, and frozen encoders are not."
         super().train(mode)
         if self.gaze: self.gaze.eval()
-        if self.config.probe: self.encoders.eval()
+        if self.frozen: self.encoders.eval()
         return self
 
     def forward(

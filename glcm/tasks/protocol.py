@@ -41,7 +41,8 @@ class TaskConfig:
     crop: int = 0        # side of the square cut out of the frames, pixels; 0: views.crop
     crops: Literal[1, 3] = 1 # squares averaged in testing: the middle, or both ends as well
     flip: float = 0.5    # probability of a horizontal flip in training
-    probe: bool = False  # train the last layers alone, on frozen features
+    frozen: int = 0      # passes before these in which the encoders stay as they are and the last layers alone learn
+    probe: bool = False  # the encoders stay as they are in all passes
     labels: float = 1.0  # fraction of the training clips whose labels are used
     longest: int = 0     # frames that a training clip may have, longer ones are left out; 0: any
     shared_groups: bool = False # whether a speaker or source may be in training and in test
@@ -49,13 +50,16 @@ class TaskConfig:
     precision: Literal['auto', 'float32', 'bfloat16'] = 'auto' # of the network
 
     def __post_init__(self):
-        for name, least in (('epochs', 1), ('batch', 2), ('windows', 1), ('frames', 0), ('longest', 0), ('weight_decay', 0)):
+        for name, least in (('epochs', 1), ('frozen', 0), ('batch', 2), ('windows', 1), ('frames', 0), ('longest', 0), ('weight_decay', 0)):
             if getattr(self, name) < least: raise InputError(f'finetune: {name} should be {least} or more, not {getattr(self, name)}')
         if self.lr <= 0: raise InputError(f'finetune: lr should be positive, not {self.lr}')
         if not 0 < self.labels <= 1: raise InputError(f'finetune: labels is a fraction above 0, not {self.labels}')
         if not 0 <= self.flip <= 1: raise InputError(f'finetune: flip is a probability, not {self.flip}')
         if self.crop % 2 or 0 < self.crop < 32: raise InputError(f'finetune: crop should be even and at least 32 pixels, or 0 for views.crop, not {self.crop}')
         if self.modality != 'video' and not self.frames: raise InputError(f'finetune: with {self.modality}, frames should say how long a window is')
+
+    @property
+    def passes(self) -> tuple[int, int]: return (self.frozen + self.epochs, 0) if self.probe else (self.frozen, self.epochs)
 
     @property
     def sees(self) -> bool: return 'video' in self.modality
@@ -263,12 +267,13 @@ def test_keys(
 
 # %% ../../nbs/21_tasks.protocol.ipynb #020
 def padded(
-    windows: list, # dictionaries of `LabelledWindows`
-) -> dict: # planes (B, T, 3h/2, w), mel (B, F, N), target (B, ...), length (B,) steps of each, clip
+    windows: list, # dictionaries of `LabelledWindows`, or of windows of which the features (channels, T) are known
+) -> dict: # planes (B, T, 3h/2, w), mel (B, F, N), features (B, channels, T), target (B, ...), length (B,) steps of each, clip
     "A batch; what is shorter is filled up with zeros, targets with -1."
     batch = dict(clip=[w['clip'] for w in windows])
-    if 'planes' in windows[0]: batch['length'] = torch.tensor([len(w['planes']) for w in windows])
-    for name, axis, value in (('planes', 0, 0), ('mel', 1, 0), ('target', 0, -1)):
+    for name, axis in (('planes', 0), ('features', 1)):
+        if name in windows[0]: batch['length'] = torch.tensor([w[name].shape[axis] for w in windows])
+    for name, axis, value in (('planes', 0, 0), ('mel', 1, 0), ('features', 1, 0), ('target', 0, -1)):
         if name not in windows[0]: continue
         tensors = [w[name] for w in windows]
         longest = max(t.shape[axis] for t in tensors) if tensors[0].ndim else 0
@@ -276,7 +281,7 @@ def padded(
     return batch
 
 def batches_of(
-    windows: LabelledWindows,
+    windows: Dataset, # as `LabelledWindows`
     keys: list, # of batches of keys
     workers: int = 0, # loader processes; 0: load in this one
 ) -> DataLoader: # of dictionaries, as from `padded`

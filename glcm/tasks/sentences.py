@@ -68,7 +68,15 @@ class SentenceReader(nn.Module):
         self.next, self.ctc = nn.Linear(config.size, classes), nn.Linear(config.size, classes)
 
     def forward(self, video, audio, length=None): # (B, T, size): the frames of each utterance, as read
-        features = self.features(video, audio, length).transpose(1, 2)
+        return self.told(self.features(video, audio, length), length)
+
+    def told(
+        self,
+        features: torch.Tensor, # (B, channels, T)
+        length: torch.Tensor | None = None, # (B,) frames of each utterance; None: all T
+    ) -> torch.Tensor: # as of the whole forward pass
+        "The frames as the transformer reads them."
+        features = features.transpose(1, 2)
         read = self.enter(features) + positions(features.shape[1], self.config.size, features.device)
         return self.reader(read, src_key_padding_mask=None if length is None else ~inside_clips(length, features.shape[1]))
 
