@@ -122,7 +122,7 @@ def sentence_errors(
         w, c = jiwer.process_words(said, read), jiwer.process_characters(said, read)
         rows.append(dict(substitutions=w.substitutions, deletions=w.deletions, insertions=w.insertions, words=w.hits + w.substitutions + w.deletions,
                          character_errors=c.substitutions + c.deletions + c.insertions, characters=c.hits + c.substitutions + c.deletions))
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows, index=predictions.index)
 
 def sentence_scores(
     errors: pd.DataFrame, # as from `sentence_errors`
@@ -160,6 +160,6 @@ def task_scores(
     elif 'logit' in predictions: table, score = predictions, deepfake_scores
     else: table, score = predictions, lambda rows: dict(top1=round_accuracy(rows).mean())
     draws = pd.DataFrame([score(table.iloc[rows]) for rows in islice(drawn(predictions, generator('bootstrap')), samples)])
-    each = pd.DataFrame([score(rows) for _, rows in table.groupby('round')])
+    each = pd.DataFrame([score(rows) for _, rows in table.groupby(predictions['round'])])
     about = dict(spread=each.std(), low=draws.quantile(0.025), high=draws.quantile(0.975), clips=predictions['clip'].nunique())
     return pd.DataFrame(dict(value=score(table)) | about).rename_axis('metric')
