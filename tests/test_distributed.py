@@ -27,13 +27,14 @@ STEP = textwrap.dedent('''
     from glcm.runs import MachineConfig, run_config
     from glcm.testing import tiny_params
     from glcm.train import _prepared, training_step
-    out = sys.argv[1]
+    out, *how = sys.argv[1:]
     params = override(tiny_params(), dict(pretrain=dict(precision='float32', batch=8)), 'test')
-    machine = parse(MachineConfig, params['machine'], 'machine')
+    machine = parse(MachineConfig, params['machine'] | {name: True for name in how}, 'machine')
+    variants = ('glcm',) if how else ('glcm', 'glcm_no_local', 'glcm_no_mil', 'released', 'accumulated', 'alone')
     changes = dict(accumulated=dict(pretrain=dict(accumulate=2)), alone=dict(loss=dict(negatives='batch')))
     with joined() as ranks:
         result = {}
-        for variant in ('glcm', 'glcm_no_local', 'glcm_no_mil', 'released', 'accumulated', 'alone'):
+        for variant in variants:
             torch.manual_seed(0)
             changed = override(params, changes.get(variant, {}), 'test')
             config = run_config(changed, 'glcm' if variant in changes else variant, 0)
@@ -127,16 +128,26 @@ def one_step(tmp_path_factory):
     return torch.load(folder/'result')
 
 
+def assert_same_step(got, expected):
+    "Losses and gradients are equal to within rounding."
+    assert got['values'] == pytest.approx(expected['values'], rel=1e-12)
+    assert got['gradients'].keys() == expected['gradients'].keys()
+    got, want = (torch.cat([g.flatten() for g in step['gradients'].values()]) for step in (got, expected))
+    assert float((got - want).norm()/want.norm()) < 1e-10
+
+
+@pytest.mark.parametrize('how', [['recompute'], pytest.param(['recompute', 'compile'], marks=pytest.mark.slow)])
+def test_gradients_stay_when_recomputed_or_compiled(tmp_path, one_step, how):
+    launch([script(tmp_path, STEP), str(tmp_path/'result'), *how], 2)
+    assert_same_step(torch.load(tmp_path/'result')['glcm'], one_step['glcm'])
+
+
 @pytest.mark.parametrize('processes', [2, 4])
 def test_gradients_over_ranks_are_those_of_one_process(tmp_path, one_step, processes):
     launch([script(tmp_path, STEP), str(tmp_path/'result')], processes)
     result = torch.load(tmp_path/'result')
     for variant, expected in one_step.items():
-        if variant == 'alone': continue
-        assert result[variant]['values'] == pytest.approx(expected['values'], rel=1e-12), variant
-        assert result[variant]['gradients'].keys() == expected['gradients'].keys()
-        got, want = (torch.cat([g.flatten() for g in r['gradients'].values()]) for r in (result[variant], expected))
-        assert float((got - want).norm()/want.norm()) < 1e-10, variant
+        if variant != 'alone': assert_same_step(result[variant], expected)
     assert result['alone']['values']['loss'] < result['glcm']['values']['loss'] - 0.5 # fewer negatives are easier
 
 
