@@ -137,13 +137,13 @@ def test_clips_that_cannot_be_judged_are_named(films, change, message):
 
 def test_text_that_cannot_be_spelt_is_named(films):
     films.clips = [row | dict(text='d\u00e9j\u00e0 vu' if k == 1 else 'bin blue') for k, row in enumerate(films.clips)]
-    reading = replace(task_config(PARAMS, 'lrs2'), epochs=1, size=16, heads=2, layers=1)
+    reading = replace(task_config(PARAMS, 'lrs2'), frozen=0, epochs=1, size=16, heads=2, layers=1)
     with pytest.raises(InputError, match=f"clip {films.clips[1]['clip']}: .* is none of the characters"): finetune(*new_model(), films, reading, 0)
 
 
 def test_sentences_can_be_memorised(films):
     "Two utterances of different length are learned by heart, and read out again by the beam search."
-    reading = replace(task_config(PARAMS, 'lrs2'), epochs=150, batch=2, lr=0.003, size=32, heads=2, layers=1, dropout=0.0, flip=0.0, weight_decay=0.0, probe=True)
+    reading = replace(task_config(PARAMS, 'lrs2'), frozen=0, epochs=150, batch=2, lr=0.003, size=32, heads=2, layers=1, dropout=0.0, flip=0.0, weight_decay=0.0, probe=True)
     texts = {0: 'SET RED', 1: 'AT TWO'}
     torch.manual_seed(0)
     network = SentenceReader(*new_model(), reading)
