@@ -1,11 +1,14 @@
 """The tasks by which a pretrained model is judged: their numbers against independent references, their faults, their sizes."""
 from dataclasses import replace
+from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
+from torch.nn import functional as F
 
 from glcm.core import InputError, read_params, root
 from glcm.data.shards import ClipStore
@@ -13,9 +16,9 @@ from glcm.metrics import deepfake_scores, sentence_errors, sentence_scores, task
 from glcm.model import GLCM
 from glcm.runs import run_config
 from glcm.tasks.classify import Classifier
-from glcm.tasks.finetune import finetune, fit, judged, shown
-from glcm.tasks.protocol import LabelledWindows, batches_of, settings_of, task_config
-from glcm.tasks.sentences import SentenceReader, spelled
+from glcm.tasks.finetune import FrozenWindows, finetune, fit, judged, shown
+from glcm.tasks.protocol import LabelledWindows, batches_of, padded, settings_of, task_config
+from glcm.tasks.sentences import CHARACTERS, MARK, SentenceReader, beam_search, spelled
 from glcm.testing import tiny_clips, tiny_params
 
 PARAMS = tiny_params()
@@ -108,8 +111,8 @@ def test_a_probe_leaves_the_encoders_alone(films):
     before = {name: value.clone() for name, value in network.state_dict().items()}
     train = [i for i, row in enumerate(films.clips) if row['split'] == 'train']
     fit(network, LabelledWindows(films, {i: 0 for i in train}, network.config, 56, 0), train, seed=0)
-    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
-    assert changed == {'head.weight', 'head.bias', 'norm.running_mean', 'norm.running_var', 'norm.num_batches_tracked'}
+    changed = {name for name, value in network.named_parameters() if not torch.equal(value, before[name])}
+    assert changed == {'head.weight', 'head.bias'}
 
 
 def test_videos_are_judged_by_their_mean_logit(films):
@@ -139,6 +142,49 @@ def test_text_that_cannot_be_spelt_is_named(films):
     films.clips = [row | dict(text='d\u00e9j\u00e0 vu' if k == 1 else 'bin blue') for k, row in enumerate(films.clips)]
     reading = replace(task_config(PARAMS, 'lrs2'), frozen=0, epochs=1, size=16, heads=2, layers=1)
     with pytest.raises(InputError, match=f"clip {films.clips[1]['clip']}: .* is none of the characters"): finetune(*new_model(), films, reading, 0)
+
+
+class TwoLetters:
+    "A reader of five frames that has an opinion of its own of each sentence of two letters, and believes in no others."
+    def __init__(self, seed, ctc):
+        self.seed, self.config, self.letters = seed, SimpleNamespace(ctc=ctc), [MARK, *spelled('AB')]
+        self.frames = self.opinion(5, 0)
+
+    def opinion(self, rows, *about):
+        logits = torch.full((rows, len(CHARACTERS) + 1), -30.)
+        logits[:, self.letters] = 2*torch.randn(rows, 3, generator=torch.Generator().manual_seed(hash((self.seed, *about))))
+        return logits
+
+    def ctc(self, read): return self.frames[None]
+
+    def write(self, read, sentences): return torch.stack([torch.cat([self.opinion(1, *s[:k + 1].tolist()) for k in range(len(s))]) for s in sentences]).log_softmax(-1)
+
+    def likes(self, sentence):
+        written = self.write(None, torch.tensor([[MARK, *sentence]]))[0].double()
+        log_p = self.frames.double().log_softmax(-1)
+        spelt = -F.ctc_loss(log_p.unsqueeze(1), torch.tensor([sentence], dtype=torch.long), torch.tensor([5]), torch.tensor([len(sentence)]), MARK, reduction='none')[0]
+        by_writer = sum(written[k, c] for k, c in enumerate([*sentence, MARK]))
+        return (1 - self.config.ctc)*by_writer + self.config.ctc*spelt if self.config.ctc else by_writer
+
+
+@pytest.mark.parametrize('ctc', [0.0, 0.3, 0.9])
+def test_the_search_finds_the_best_of_all_sentences(ctc):
+    "With repeated letters, and with a beam that is larger than the alphabet."
+    every = [list(s) for length in range(6) for s in product(spelled('AB'), repeat=length)]
+    for seed in range(12):
+        reader = TwoLetters(seed, ctc)
+        assert beam_search(reader, torch.zeros(1, 5, 1), 200) == max(every, key=reader.likes)
+
+
+def test_features_of_utterances_are_kept_without_their_padding(films):
+    reading = replace(task_config(PARAMS, 'lrs2'), frozen=1, epochs=1, batch=8, size=16, heads=2, layers=1, precision='float32', flip=0.0)
+    network = SentenceReader(*new_model(), reading)
+    films.clips = [row | dict(steps=row['steps'] - 3*k) for k, row in enumerate(films.clips[:4])]
+    windows = LabelledWindows(films, {i: spelled('A B') for i in range(4)}, reading, 56, 0)
+    kept = FrozenWindows(network, windows, [0, 1, 2, 3], 0)
+    for i in range(4):
+        alone = shown(network, padded([windows[1, i, 0.0, None]]), torch.device('cpu'))
+        assert torch.allclose(shown(network, padded([kept[1, i]]), torch.device('cpu')), alone, atol=1e-4)
 
 
 def test_sentences_can_be_memorised(films):

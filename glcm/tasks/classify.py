@@ -43,6 +43,10 @@ class Classifier(nn.Module):
         "What the features say."
         return self.head(self.norm(clip_mean(features, length)))
 
+    def brief(self, features, length): # (B, channels, 1)
+        "What has to be kept of the features to tell the same from them: their means."
+        return clip_mean(features, length).unsqueeze(2)
+
     def target(
         self,
         row: dict, # of a clip in the index

@@ -8,6 +8,7 @@ __all__ = ['halving', 'inside_clips', 'unpadded', 'Features', 'clip_mean']
 # %% ../../nbs/22_tasks.features.ipynb #002
 import copy
 import math
+from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn import functional as F
 
 from ..attention import attention_map, attention_pool, mean_pool
 from ..core import InputError
-from ..encoders import CONV, POOL
+from ..encoders import CONV, NORM, POOL
 from ..model import GLCM
 from ..runs import RunConfig
 from .protocol import TaskConfig
@@ -73,7 +74,23 @@ class Features(nn.Module):
     ):
         "Keep the encoders as they are, or let them learn."
         self.frozen = frozen
-        self.encoders.requires_grad_(not frozen)
+        self.encoders.requires_grad_(not frozen).train(self.training and not frozen)
+
+    @torch.no_grad()
+    def settle(
+        self,
+        batches: Iterable, # of inputs of the forward pass
+    ):
+        "Give the batch norms of the encoders the mean statistics of these batches, in place of those of pretraining."
+        norms = [m for m in self.encoders.modules() if isinstance(m, NORM[3] | NORM[1])]
+        momentum = {norm: norm.momentum for norm in norms}
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum = None # a mean over all batches
+        self.encoders.train()
+        for inputs in batches: self(*inputs)
+        for norm in norms: norm.momentum = momentum[norm]
+        self.freeze(self.frozen)
 
     def train(self, mode: bool = True):
         "The copy that attends is never in training, and frozen encoders are not."

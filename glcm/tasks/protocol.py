@@ -59,7 +59,9 @@ class TaskConfig:
         if self.modality != 'video' and not self.frames: raise InputError(f'finetune: with {self.modality}, frames should say how long a window is')
 
     @property
-    def passes(self) -> tuple[int, int]: return (self.frozen + self.epochs, 0) if self.probe else (self.frozen, self.epochs)
+    def passes(self) -> tuple[int, int]:
+        "Passes with frozen encoders, and passes in which they learn."
+        return (self.frozen + self.epochs, 0) if self.probe else (self.frozen, self.epochs)
 
     @property
     def sees(self) -> bool: return 'video' in self.modality
@@ -171,6 +173,7 @@ def _check_labels(store, clips, config, used):
 def _short(clips, train, longest):
     "The training clips that are not too long."
     short = [i for i in train if not longest or clips.steps[i] <= longest]
+    if not short: raise InputError(f'all {len(train)} training clips have more than {longest} frames: raise longest')
     if len(short) < len(train): print(f'{len(train) - len(short)} of {len(train)} training clips are left out: they have more than {longest} frames')
     return short
 

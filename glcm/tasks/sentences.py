@@ -80,6 +80,10 @@ class SentenceReader(nn.Module):
         read = self.enter(features) + positions(features.shape[1], self.config.size, features.device)
         return self.reader(read, src_key_padding_mask=None if length is None else ~inside_clips(length, features.shape[1]))
 
+    def brief(self, features, length): # (B, channels, T)
+        "What has to be kept of the features to read the same from them: all."
+        return features
+
     def target(
         self,
         row: dict, # of a clip in the index
@@ -132,7 +136,7 @@ class Beginnings:
         frames: torch.Tensor, # (T, characters) log-probabilities of each frame
     ):
         self.frames, self.blank, self.last = frames.T, frames[:, MARK].cumsum(0), None
-        self.spelt = torch.stack([torch.full_like(self.blank, -math.inf), self.blank])[None] # (n, 2, T): until each frame, which names the last character or is blank
+        self.spelt = torch.stack([torch.full_like(self.blank, -math.inf), self.blank])[None] # (n, 2, T): named and silent of each beginning
 
     def longer(self) -> torch.Tensor: # (n, characters) log-probabilities
         "That of each beginning with each character behind it; under the mark, that of its being the whole."
@@ -153,7 +157,7 @@ class Beginnings:
         which: torch.Tensor, # (m,) numbers of beginnings
         last: torch.Tensor, # (m,) a character behind each
     ):
-        "Go on with these."
+        "Go on with these, after a call of `longer`."
         self.spelt, self.last = torch.stack([self.named[which, last], self.silent[which, last]], 1), last
 
 @torch.inference_mode()
@@ -166,14 +170,15 @@ def beam_search(
     weight, beginnings = reader.config.ctc, Beginnings(reader.ctc(read)[0].double().log_softmax(-1).cpu())
     begun, by_writer, best = torch.tensor([[MARK]]), torch.zeros(1, dtype=torch.double), ([], -math.inf)
     for length in range(read.shape[1] + 1):
-        written = by_writer.unsqueeze(1) + reader.write(read.expand(len(begun), -1, -1), begun.to(read.device))[:, -1].double().cpu()
-        scores = (1 - weight)*written + weight*beginnings.longer() if weight else written
+        by_both = by_writer.unsqueeze(1) + reader.write(read.expand(len(begun), -1, -1), begun.to(read.device))[:, -1].double().cpu()
+        scores = (1 - weight)*by_both + weight*beginnings.longer() if weight else by_both.clone()
         ended = scores[:, MARK].argmax()
         if scores[ended, MARK] > best[1]: best = begun[ended, 1:].tolist(), scores[ended, MARK].item()
         scores[:, MARK] = -math.inf
         kept = scores.flatten().topk(min(beam, scores.numel()))
         if length == read.shape[1] or kept.values[0] <= best[1]: break # a frame spells a character at most; a longer sentence is less probable
-        which, last = kept.indices//scores.shape[1], kept.indices % scores.shape[1]
-        begun, by_writer = torch.cat([begun[which], last.unsqueeze(1)], 1), written[which, last]
+        places = kept.indices[kept.values > -math.inf]
+        which, last = places//scores.shape[1], places % scores.shape[1]
+        begun, by_writer = torch.cat([begun[which], last.unsqueeze(1)], 1), by_both[which, last]
         if weight: beginnings.keep(which, last)
     return best[0]
