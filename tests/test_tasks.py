@@ -111,8 +111,10 @@ def test_a_probe_leaves_the_encoders_alone(films):
     before = {name: value.clone() for name, value in network.state_dict().items()}
     train = [i for i, row in enumerate(films.clips) if row['split'] == 'train']
     fit(network, LabelledWindows(films, {i: 0 for i in train}, network.config, 56, 0), train, seed=0)
-    changed = {name for name, value in network.named_parameters() if not torch.equal(value, before[name])}
-    assert changed == {'head.weight', 'head.bias'}
+    changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    statistics = {name for name in before if name.rpartition('.')[2] in ('running_mean', 'running_var', 'num_batches_tracked')}
+    assert changed - statistics == {'head.weight', 'head.bias'}
+    assert {'norm.running_mean', 'norm.running_var', 'norm.num_batches_tracked'} <= changed
 
 
 def test_videos_are_judged_by_their_mean_logit(films):

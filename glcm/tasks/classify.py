@@ -13,11 +13,11 @@ from torch.nn import functional as F
 from ..core import InputError
 from ..model import GLCM
 from ..runs import RunConfig
-from .features import Features, clip_mean
+from .features import Features, OnFeatures, clip_mean
 from .protocol import TaskConfig
 
 # %% ../../nbs/23_tasks.classify.ipynb #005
-class Classifier(nn.Module):
+class Classifier(OnFeatures):
     "Features, averaged over time, and a linear layer."
     def __init__(
         self,
@@ -32,19 +32,16 @@ class Classifier(nn.Module):
         self.norm = nn.BatchNorm1d(self.features.channels, affine=False) if config.probe else nn.Identity()
         self.head = nn.Linear(self.features.channels, 1 if config.target == 'fake' else len(self.labels))
 
-    def forward(self, video, audio, length=None): # (B, classes) logits; (B, 1) of being FAKE
-        return self.told(self.features(video, audio, length), length)
-
     def told(
         self,
         features: torch.Tensor, # (B, channels, T)
         length: torch.Tensor | None = None, # (B,) steps of each clip; None: all T
-    ) -> torch.Tensor: # as of the whole forward pass
+    ) -> torch.Tensor: # (B, classes) logits; (B, 1) of being FAKE
         "What the features say."
         return self.head(self.norm(clip_mean(features, length)))
 
     def brief(self, features, length): # (B, channels, 1)
-        "What has to be kept of the features to tell the same from them: their means."
+        "Their means are enough."
         return clip_mean(features, length).unsqueeze(2)
 
     def target(

@@ -107,7 +107,7 @@ def fit(
             optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], config.lr, weight_decay=config.weight_decay, fused=True)
             steps = (frozen if epoch < frozen else free)*len(epoch_keys(clips, lengths, config, seed, 0))
             schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-            parts = dict(network=network, optimizer=optimizer, schedule=schedule)
+            parts = dict(optimizer=optimizer, schedule=schedule)
             for name, part in parts.items() if epoch not in (0, frozen) else (): part.load_state_dict(begun[name])
             network.train()
         torch.manual_seed(seed*100_003 + epoch) # of dropout
@@ -119,7 +119,7 @@ def fit(
             schedule.step()
         bar.set_postfix_str(f'loss {loss.item():.3f}')
         if not torch.isfinite(loss): raise InputError(f'the loss is {loss.item()} after epoch {epoch + 1} of finetuning: lower lr, or try precision: float32')
-        after(lambda: dict(epoch=epoch + 1) | {name: part.state_dict() for name, part in parts.items()}, epoch + 1 == frozen + free)
+        after(lambda: dict(epoch=epoch + 1, network=network.state_dict()) | {name: part.state_dict() for name, part in parts.items()}, epoch + 1 == frozen + free)
     return network.eval()
 
 # %% ../../nbs/25_tasks.finetune.ipynb #008

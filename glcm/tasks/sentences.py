@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from ..core import InputError
 from ..model import GLCM
 from ..runs import RunConfig
-from .features import Features, inside_clips
+from .features import Features, OnFeatures, inside_clips
 from .protocol import SentenceConfig
 
 # %% ../../nbs/24_tasks.sentences.ipynb #005
@@ -48,7 +48,7 @@ def positions(
     angles = torch.arange(steps, device=device).unsqueeze(1)*rates
     return torch.cat([angles.sin(), angles.cos()], 1)
 
-class SentenceReader(nn.Module):
+class SentenceReader(OnFeatures):
     "Features of each frame, a transformer over them, and a transformer that writes."
     def __init__(
         self,
@@ -67,22 +67,15 @@ class SentenceReader(nn.Module):
         self.embed = nn.Embedding(classes, config.size)
         self.next, self.ctc = nn.Linear(config.size, classes), nn.Linear(config.size, classes)
 
-    def forward(self, video, audio, length=None): # (B, T, size): the frames of each utterance, as read
-        return self.told(self.features(video, audio, length), length)
-
     def told(
         self,
         features: torch.Tensor, # (B, channels, T)
         length: torch.Tensor | None = None, # (B,) frames of each utterance; None: all T
-    ) -> torch.Tensor: # as of the whole forward pass
+    ) -> torch.Tensor: # (B, T, size): the frames of each utterance, as read
         "The frames as the transformer reads them."
         features = features.transpose(1, 2)
         read = self.enter(features) + positions(features.shape[1], self.config.size, features.device)
         return self.reader(read, src_key_padding_mask=None if length is None else ~inside_clips(length, features.shape[1]))
-
-    def brief(self, features, length): # (B, channels, T)
-        "What has to be kept of the features to read the same from them: all."
-        return features
 
     def target(
         self,
