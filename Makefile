@@ -13,8 +13,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 UNPACKING := .dvc/tmp/unpacking
 
-# Stages start papermill, and notebooks start python, by name.
+# Stages and notebooks start python by name.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+# Threads that wait for each other leave their core to other processes instead of spinning on it.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help repro seeds test slow lab lock sample data-present
 .DELETE_ON_ERROR:
@@ -31,7 +33,7 @@ seeds: $(READY) data-present
 	@trap 'mv .dvc/tmp/params.yaml params.yaml' EXIT INT TERM; \
 	    $(BIN)/dvc exp run --set-param study=seeds --set-param 'grid.seeds=[0,1,2]'
 
-# Two notebooks at a time, a thread each: threads that wait for each other on the same cores are many times slower.
+# Two notebooks at a time, a thread each.
 test slow: export OMP_NUM_THREADS = 1
 test: $(READY) data-present
 	@$(BIN)/nbdev_test --n_workers 2 --do_print --timing
