@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Literal, Union, get_args, get_origin, get_type_hints
 
 import numpy as np
-import torch
 import yaml
 from tqdm import tqdm
 
@@ -166,6 +165,7 @@ def seed_everything(
     seed: int, # the run's seed
 ):
     "Seed Python's, NumPy's and PyTorch's global generators, for weights and anything a library draws by itself."
+    import torch # here alone: processes that decode files use this module, and PyTorch takes seconds and half a gigabyte
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

@@ -17,9 +17,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch.nn.functional import avg_pool2d, grid_sample
-from torchvision.transforms.functional import resize
 
 from ..core import InputError
 from .video import Rejection
@@ -88,6 +85,8 @@ def detect_faces(
     short_side: int = 240, # length of the shorter side at which to look, pixels; a face must span 80 of them
 ) -> np.ndarray: # (n, 4) float: left, top, right, bottom of n faces, in pixels of `frame`
     "Squares around the upright, frontal faces in a frame."
+    import torch # not above: whoever decodes files without faces does without PyTorch
+    from torchvision.transforms.functional import resize
     if not hasattr(_of_thread, 'detector'): _of_thread.detector = _dlib().get_frontal_face_detector()
     h, w, _ = frame.shape
     scale = short_side/min(h, w)
@@ -258,6 +257,8 @@ def warp(
     size: int, # side of the crop, pixels
 ) -> np.ndarray: # (T, size, size, 3) uint8
     "Turn, scale, shift and crop each frame, averaging over pixels where it shrinks."
+    import torch
+    from torch.nn.functional import avg_pool2d, grid_sample
     h, w = frames.shape[1:3]
     scales = np.sqrt(np.linalg.det(matrices[:, :, :2]))
     fine = max(1, math.ceil(1/np.median(scales) - 0.01))

@@ -169,7 +169,7 @@ class Decoder:
 
     def _start(self):
         "Start a child; raises `RuntimeError` with its last words where it cannot even begin."
-        one_thread = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMBA_NUM_THREADS'), '1')
+        one_thread = dict.fromkeys(('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS'), '1')
         words = tempfile.TemporaryFile()
         self.child = subprocess.Popen([sys.executable, '-c', 'from glcm.data.preprocess import serve; serve()'], stdin=subprocess.PIPE,
                                       stdout=subprocess.PIPE, stderr=words, bufsize=0, env=os.environ | one_thread | dict(CUDA_VISIBLE_DEVICES=''))

@@ -22,7 +22,6 @@ from typing import Literal
 
 import av
 import numpy as np
-import torch
 
 from ..core import InputError
 from .audio import from_levels, to_levels
@@ -225,8 +224,9 @@ class ClipStore:
         try: return decode_h264(self._chunks(row, 'h264', key, stop), row['height'], row['width'])[start - key:]
         except InputError as e: raise InputError(f"clip {row['clip']} in {self.folder/row['shard']}: {e}; {self._remedy()}") from None
 
-    def frames(self, i: int, start: int = 0, stop: int | None = None) -> torch.Tensor: # (F, 3, h, w) uint8 RGB
+    def frames(self, i: int, start: int = 0, stop: int | None = None) -> 'torch.Tensor': # (F, 3, h, w) uint8 RGB
         "Pictures `start` to `stop` of clip `i`, in colour."
+        import torch # not above: writing shards does without it
         return to_rgb(torch.from_numpy(self.planes(i, start, stop).copy()))
 
     def mel(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray: # (bands, N) float32

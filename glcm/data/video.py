@@ -16,7 +16,6 @@ from typing import BinaryIO
 
 import av
 import numpy as np
-import torch
 
 from ..core import InputError
 
@@ -54,9 +53,10 @@ def planes_of(
 LUMA, FROM_UV = 1.164383, [(0.0, 1.596027), (-0.391762, -0.812968), (2.017232, 0.0)] # BT.601, limited range: red, green and blue are LUMA*y + u and v times these
 
 def to_rgb(
-    planes: torch.Tensor, # (..., 3h/2, w) uint8 planes, on any device
-) -> torch.Tensor: # (..., 3, h, w) uint8
+    planes: 'torch.Tensor', # (..., 3h/2, w) uint8 planes, on any device
+) -> 'torch.Tensor': # (..., 3, h, w) uint8
     "Planes as red, green and blue pictures."
+    import torch # not above: decoding does without it, and it takes seconds to import and half a gigabyte
     height, width = planes.shape[-2]*2//3, planes.shape[-1]
     luma = (LUMA*(planes[..., :height, :].float() - 16)).unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)) # pairs of rows, of columns
     u, v = (planes[..., height:, :].float() - 128).chunk(2, -1)
@@ -86,6 +86,7 @@ class Recording:
     @cached_property
     def frames(self) -> np.ndarray: # (F, h, w, 3) uint8
         "The pictures as RGB."
+        import torch
         return to_rgb(torch.from_numpy(self.planes)).permute(0, 2, 3, 1).contiguous().numpy()
 
 # %% ../../nbs/03_data.video.ipynb #014
