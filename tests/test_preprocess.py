@@ -57,6 +57,19 @@ def test_each_fault_is_one_row(kinetics, tmp_path):
     assert all(len(store.frames(i)) == store.clips[i]['steps'] == store.mel(i).shape[1]/12 for i in range(len(store)))
 
 
+def test_a_line_that_is_not_understood_is_one_row_of_the_rejected(kinetics, tmp_path):
+    folder, _ = kinetics
+    lines = (folder/'train.csv').read_text().splitlines()
+    (folder/'train.csv').write_text('\n'.join([*lines[:3], 'yoga,JIemsK_0lXc,1:40,1:50,train', *lines[3:]]))
+    catalogue = read_catalogue('kinetics700', folder)
+    rejected = preprocess(catalogue, folder, tmp_path/'out', CLIP, AUDIO, STORE, 16)
+    assert rejected.values.tolist() == [['train.csv, line 4', 'bad entry', 'train.csv, line 4: JIemsK_0lXc has no times in seconds']]
+    store = ClipStore(tmp_path/'out')
+    assert len(store) == 10 and 'problem' not in store.clips[0]
+    with pytest.raises(InputError, match=r'1 of 11 clips cannot be used \(1 x bad entry\), more than max_rejected = 0.05 allows'):
+        preprocess(catalogue, folder, tmp_path/'strict', replace(CLIP, max_rejected=0.05), AUDIO, STORE, 16)
+
+
 def test_too_many_faults_fail_and_leave_nothing(kinetics, tmp_path):
     folder, catalogue = kinetics
     for path in catalogue.path[:5]: (folder/path).write_bytes(b'')

@@ -7,6 +7,7 @@ __all__ = ['INSTRUMENTS', 'KINETICS_SOUNDS', 'OWN', 'READERS', 'EXPECTED', 'kine
            'media_folder', 'read_catalogue', 'select', 'leaks']
 
 # %% ../../nbs/08_data.catalogue.ipynb #002
+from functools import partial
 from pathlib import Path
 
 import pandas as pd
@@ -14,7 +15,7 @@ import pandas as pd
 from ..core import InputError
 from .benchmarks import (dfdc, esc10, esc50, flickr_soundnet, grid, grid_words, hmdb51, lrs2, lrw,
                                   ucf101, vggss)
-from .lists import as_table, chance, csv_rows, media_files, seconds
+from .lists import as_table, chance, csv_rows, media_files, read_items, seconds
 
 # %% ../../nbs/08_data.catalogue.ipynb #005
 def kinetics700(
@@ -24,12 +25,21 @@ def kinetics700(
     rows = []
     for name, split in dict(train='train', validate='validate', val='validate', test='test').items():
         if not (path := folder/f'{name}.csv').exists(): continue
-        for line, r in csv_rows(path, ['label', 'youtube_id', 'time_start', 'time_end']):
-            try: clip = f"{r['youtube_id']}_{seconds(r['time_start']):06.0f}_{seconds(r['time_end']):06.0f}"
-            except ValueError: raise InputError(f"{path}, line {line}: {r['youtube_id']} has no times in seconds") from None
-            rows.append(dict(clip=clip, path=f"{name}/{r['label']}/{clip}.mp4", label=r['label'], split=split,
-                             group=r['youtube_id']))
+        columns = ['youtube_id', 'time_start', 'time_end'] + ['label']*(split != 'test')
+        rows += read_items(folder, path, csv_rows(path, columns), partial(_kinetics_row, name=name, split=split))
     return as_table(rows)
+
+def _kinetics_row(
+    r: dict, # column: text
+    name: str, # of the list and of the folder
+    split: str,
+) -> dict: # the clip's columns
+    "A row of a csv of Kinetics; raises `ValueError` for times that are none."
+    try: start, end = seconds(r['time_start']), seconds(r['time_end'])
+    except ValueError: raise ValueError(f"{r['youtube_id']} has no times in seconds") from None
+    clip = f"{r['youtube_id']}_{start:06.0f}_{end:06.0f}"
+    place = f"{name}/{r['label']}" if 'label' in r else name
+    return dict(clip=clip, path=f'{place}/{clip}.mp4', label=r.get('label'), split=split, group=r['youtube_id'])
 
 # %% ../../nbs/08_data.catalogue.ipynb #008
 INSTRUMENTS = ('accordion', 'bagpipes', 'bass guitar', 'clarinet', 'drums', 'guitar', 'harmonica', 'keyboard', 'organ',
@@ -44,7 +54,7 @@ def kinetics_sounds(
 ) -> pd.DataFrame: # the catalogue of its classes
     "Kinetics-Sounds (Arandjelović and Zisserman 2017): actions that can be seen and heard."
     table = kinetics700(folder)
-    return table[table.label.isin(KINETICS_SOUNDS)].reset_index(drop=True)
+    return table[table.label.isin(KINETICS_SOUNDS) | table.problem.notna()].reset_index(drop=True)
 
 # %% ../../nbs/08_data.catalogue.ipynb #011
 def avspeech(
@@ -54,16 +64,22 @@ def avspeech(
     rows = []
     for split in ('train', 'test'):
         if not (path := folder/f'avspeech_{split}.csv').exists(): continue
-        for line, r in csv_rows(path, ['id', 'start', 'end', 'x', 'y'], header=False):
-            try:
-                _, _, *face = (seconds(r[c]) for c in ('start', 'end', 'x', 'y'))
-                if max(face) > 1: raise ValueError('the face is outside of the frame')
-            except ValueError as e:
-                raise InputError(f'{path}, line {line}: id, start, end, x and y (in 0..1) are expected, found '
-                                 f'{",".join(r.values())!r}: {e}') from None
-            clip = f"{r['id']}_{r['start']}_{r['end']}"
-            rows.append(dict(clip=clip, path=f'clips/{clip}.mp4', split=split, group=r['id'], face=face))
+        lines = csv_rows(path, ['id', 'start', 'end', 'x', 'y'], header=False)
+        rows += read_items(folder, path, lines, partial(_avspeech_row, split=split))
     return as_table(rows)
+
+def _avspeech_row(
+    r: dict, # column: text
+    split: str,
+) -> dict: # the clip's columns
+    "A row of a csv of AVSpeech; raises `ValueError` saying what is wrong."
+    try:
+        _, _, *face = (seconds(r[c]) for c in ('start', 'end', 'x', 'y'))
+        if max(face) > 1: raise ValueError('the face is outside of the frame')
+    except ValueError as e:
+        raise ValueError(f'id, start, end, x and y (in 0..1) are expected, found {",".join(r.values())!r}: {e}') from None
+    clip = f"{r['id']}_{r['start']}_{r['end']}"
+    return dict(clip=clip, path=f'clips/{clip}.mp4', split=split, group=r['id'], face=face)
 
 # %% ../../nbs/08_data.catalogue.ipynb #014
 OWN = ('path', 'label', 'split', 'text', 'start', 'end', 'group') # columns of a labels.csv
@@ -88,13 +104,11 @@ def media_folder(
     "Your own files: all that are in a folder, or those that its labels.csv names."
     path = folder/'labels.csv'
     if not path.exists(): return as_table([dict(clip=file, path=file, split='train') for file in media_files(folder)])
-    rows = []
-    for line, r in csv_rows(path, ['path']):
-        if unknown := [c for c in r if c not in OWN]:
-            raise InputError(f'{path} has a column {", ".join(map(repr, unknown))}; it takes: {", ".join(OWN)}')
-        try: rows.append(_own_row(r))
-        except ValueError as e: raise InputError(f'{path}, line {line}: {e}') from None
-    return as_table(rows)
+    lines = list(csv_rows(path, ['path']))
+    columns = next((list(r) for _, r in lines if isinstance(r, dict)), [])
+    if unknown := [c for c in columns if c not in OWN]:
+        raise InputError(f'{path} has a column {", ".join(map(repr, unknown))}; it takes: {", ".join(OWN)}')
+    return as_table(read_items(folder, path, lines, _own_row))
 
 # %% ../../nbs/08_data.catalogue.ipynb #019
 READERS = dict(kinetics700=kinetics700, kinetics_sounds=kinetics_sounds, avspeech=avspeech, lrw=lrw, lrs2=lrs2, grid=grid,

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'VIDEO', 'SOUND', 'clip_name', 'as_table', 'read_text', 'text_lines', 'csv_rows', 'read_json', 'seconds',
-           'listing', 'media_files', 'chance']
+           'because', 'read_items', 'listing', 'media_files', 'chance']
 
 # %% ../../nbs/06_data.lists.ipynb #002
 import csv
@@ -14,6 +14,7 @@ import json
 import math
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +22,7 @@ import pandas as pd
 from ..core import InputError
 
 # %% ../../nbs/06_data.lists.ipynb #005
-COLUMNS = ['clip', 'path', 'start', 'end', 'label', 'text', 'words', 'split', 'splits', 'fold', 'group', 'boxes', 'face']
+COLUMNS = ['clip', 'path', 'start', 'end', 'label', 'text', 'words', 'split', 'splits', 'fold', 'group', 'boxes', 'face', 'problem']
 
 # %% ../../nbs/06_data.lists.ipynb #007
 def clip_name(
@@ -65,19 +66,28 @@ def csv_rows(
     columns: list, # names of the columns that are needed
     header: bool = True, # whether the first line names the columns; if not, `columns` are all there are
 ):
-    "Yield (number of the line, {column: text}) for each row; raises `InputError` for what is no such csv."
+    "Yield (number of the line, {column: text} or a `ValueError`) for each row; raises `InputError` for what is no such csv."
     reader = csv.reader(io.StringIO(read_text(path)), strict=True)
-    try:
-        names = next(reader, columns) if header else columns
-        if missing := [c for c in columns if c not in names]:
-            raise InputError(f'{path} lacks {", ".join(missing)}; its columns are: {", ".join(names)}')
-        for cells in reader:
-            if not cells: continue
-            if len(cells) != len(names):
-                raise InputError(f'{path}, line {reader.line_num}: {len(cells)} cells where {len(names)} belong '
-                                 f'({", ".join(names)})')
-            yield reader.line_num, dict(zip(names, cells))
-    except csv.Error as e: raise InputError(f'{path}, line {reader.line_num}: {e}') from None
+    rows = _rows(reader)
+    names = next(rows, columns) if header else columns
+    if isinstance(names, ValueError): raise InputError(f'{path}, line {reader.line_num}: {names}')
+    if missing := [c for c in columns if c not in names]:
+        raise InputError(f'{path} lacks {", ".join(missing)}; its columns are: {", ".join(names)}')
+    for cells in rows:
+        if isinstance(cells, ValueError): row = cells
+        elif len(cells) == len(names): row = dict(zip(names, cells))
+        else: row = ValueError(f'{len(cells)} cells where {len(names)} belong ({", ".join(names)})')
+        yield reader.line_num, row
+
+def _rows(
+    reader, # a csv reader
+):
+    "Yield the cells of each row that is not empty; in the place of a row that csv cannot split, a `ValueError`."
+    while True:
+        try: cells = next(reader)
+        except StopIteration: return
+        except csv.Error as e: cells = ValueError(str(e))
+        if cells: yield cells
 
 # %% ../../nbs/06_data.lists.ipynb #015
 def read_json(
@@ -99,6 +109,33 @@ def seconds(
     value = float(text)
     if not 0 <= value < math.inf: raise ValueError(f'{text} is no time')
     return value
+
+# %% ../../nbs/06_data.lists.ipynb #e1739dd6
+def because(
+    error: Exception | str, # what went wrong
+    folder: Path, # the dataset's
+) -> str:
+    "An error's message without the place of the dataset, which is another on each machine."
+    return str(error).replace(f'{folder}{os.sep}', '')
+
+def read_items(
+    folder: Path, # the dataset's
+    path: Path, # the list, in it
+    items, # (number, item) for each item of the list, or (number, `ValueError`)
+    read: Callable, # makes a row of an item, or None of one that is not wanted; raises `ValueError` saying what is wrong
+    kind: str = 'line', # what an item is
+) -> list: # of rows; those that could not be read have a problem
+    "The rows of a list."
+    rows = []
+    for number, item in items:
+        try:
+            if isinstance(item, ValueError): raise item
+            row = read(item)
+        except ValueError as e:
+            place = f'{path.relative_to(folder).as_posix()}, {kind} {number}'
+            row = dict(clip=place, path=path.relative_to(folder).as_posix(), problem=f'{place}: {because(e, folder)}')
+        if row is not None: rows.append(row)
+    return rows
 
 # %% ../../nbs/06_data.lists.ipynb #018
 VIDEO = ('.mp4', '.m4v', '.mov', '.mkv', '.webm', '.avi', '.mpg', '.mpeg', '.wmv', '.flv', '.ogv', '.3gp')

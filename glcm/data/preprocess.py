@@ -238,7 +238,8 @@ def attempt(
     settings: Settings, # how clips are stored
     seconds: float, # that a file may take
 ) -> tuple: # (members, entries), None or None, (reason, detail)
-    "Encode one row of the catalogue in a child."
+    "Encode one row of the catalogue in a child; a row that its list left a problem is rejected with it."
+    if row.get('problem'): return None, ('bad entry', row['problem'])
     try: path = inside(folder, row['path'])
     except (InputError, ValueError) as e: return None, ('unsafe path', str(e))
     try: decoder = _idle.get_nowait()
@@ -330,7 +331,7 @@ def _do(
     for k, row in enumerate(block.rows):
         encoded, rejection = next(results)
         if rejection: rejected.append([row['clip'], *rejection])
-        else: clips.append((block.number*ROWS_PER_SHARD + k, row, *encoded))
+        else: clips.append((block.number*ROWS_PER_SHARD + k, {c: v for c, v in row.items() if c != 'problem'}, *encoded))
     with atomic_path(block.folder) as scratch:
         scratch.mkdir()
         outcome = dict(rows=write_shard(scratch/block.shard, clips) if clips else [], rejected=rejected)
@@ -377,7 +378,8 @@ def preprocess(
 ) -> pd.DataFrame: # clip, reason and detail of every rejected file
     "Decode a whole dataset into clip shards; raises `InputError` if more than `max_rejected` of it cannot be used."
     out, kept = Path(out), Path(out).parent/f'.{Path(out).name}.unfinished'
-    settings = Settings(clip, audio, store, min_frames, bool(catalogue.path.str.lower().str.endswith(SOUND).all()))
+    files = catalogue.path[catalogue.problem.isna()].str.lower()
+    settings = Settings(clip, audio, store, min_frames, len(files) > 0 and bool(files.str.endswith(SOUND).all()))
     if settings.sound_only and not clip.sound: raise InputError(f'{folder} holds nothing but sound: sound: false leaves nothing of it')
     blocks = blocks_of(catalogue, Path(folder), settings, kept)
     outcomes = [block.finished() for block in blocks]
