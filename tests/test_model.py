@@ -3,8 +3,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
-from glcm.attention import attention_map, attention_pool, mean_pool
+from glcm.attention import area_resample, attention_map, attention_pool, mean_pool
 from glcm.core import InputError
 from glcm.encoders import audio_resnet18, video_resnet18
 from glcm.losses import LossConfig
@@ -181,8 +182,70 @@ def test_same_seed_same_model():
 
 def test_uniform_attention_is_mean_pooling():
     features = torch.randn(2, 5, 3, 4, 7)
-    for size in [(4, 7), (1, 1), (16, 16), (3, 5), (14, 14)]:
+    for size in [(4, 7), (1, 1), (16, 16), (3, 5), (14, 14), (5, 2)]:
         torch.testing.assert_close(attention_pool(features, torch.ones(2, *size)), mean_pool(features))
+
+
+def looped_area(maps, h, w):
+    "Mass of each cell, divided over the targets by the area that they share; both grids cover the unit square."
+    B, H, W = maps.shape
+    out = torch.zeros(B, h, w, dtype=torch.double)
+    for i in range(h):
+        for j in range(w):
+            for y in range(H):
+                for x in range(W):
+                    height = max(0., min((i + 1)/h, (y + 1)/H) - max(i/h, y/H))
+                    width = max(0., min((j + 1)/w, (x + 1)/W) - max(j/w, x/W))
+                    out[:, i, j] += height*width*H*W*maps[:, y, x]
+    return out
+
+
+GRIDS = [((14, 14), (4, 4)), ((16, 16), (4, 4)), ((14, 14), (7, 7)), ((3, 5), (4, 2)), ((2, 2), (5, 3)), ((1, 1), (4, 4))]
+
+@pytest.mark.parametrize('cells, size', GRIDS)
+def test_area_resampling_equals_loops(cells, size):
+    maps = torch.rand(2, *cells, generator=torch.Generator().manual_seed(0), dtype=torch.double)
+    expected = looped_area(maps, *size)
+    torch.testing.assert_close(area_resample(maps, size), expected, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(area_resample(maps.float(), size), expected.float(), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(expected.sum((1, 2)), maps.sum((1, 2)))
+
+
+@pytest.mark.parametrize('cells, size', GRIDS)
+def test_pooling_reads_the_features_under_a_single_cell(cells, size):
+    "Wherever a map has all of its mass, the pooled feature is the mean of those under it, weighted by area."
+    count = cells[0]*cells[1]
+    one_cell_each = torch.eye(count, dtype=torch.double).view(count, *cells)
+    features = torch.arange(float(size[0]*size[1])).double().view(1, 1, 1, *size).expand(count, -1, -1, -1, -1)
+    expected = (looped_area(one_cell_each, *size)*features[:, 0, 0]).sum((1, 2))
+    pooled = attention_pool(features, 0.2*one_cell_each) # which brings each map to a sum of one
+    torch.testing.assert_close(pooled.flatten(), expected)
+
+
+@pytest.mark.parametrize('cells, size', [((14, 14), (7, 7)), ((16, 16), (8, 8)), ((16, 16), (4, 4)), ((12, 8), (3, 4))])
+def test_area_is_adaptive_average_where_grids_divide(cells, size):
+    features, maps = torch.randn(2, 5, 3, *size), torch.rand(2, *cells)
+    average = F.adaptive_avg_pool2d(maps, size)
+    weights = average/average.sum((1, 2), keepdim=True)
+    torch.testing.assert_close(attention_pool(features, maps), torch.einsum('bcthw,bhw->bct', features, weights))
+
+
+def test_area_resampling_keeps_float32_under_autocast():
+    maps = torch.rand(2, 14, 14)
+    with torch.autocast('cpu', dtype=torch.bfloat16): under = area_resample(maps, (4, 4))
+    assert torch.equal(under, area_resample(maps, (4, 4)))
+
+
+def test_compiled_pooling():
+    torch.manual_seed(0)
+    features = torch.randn(2, 5, 3, 4, 4).to(memory_format=torch.channels_last_3d)
+    maps = torch.rand(2, 14, 14)
+    results = []
+    for pool in (attention_pool, torch.compile(attention_pool, fullgraph=True, backend='aot_eager')):
+        leaves = features.clone().requires_grad_(), maps.clone().requires_grad_()
+        pooled = pool(*leaves)
+        results.append([pooled, *torch.autograd.grad(pooled.square().sum(), leaves)])
+    for plain, compiled in zip(*results): torch.testing.assert_close(compiled, plain)
 
 
 def test_attention_equals_loops():
