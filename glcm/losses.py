@@ -131,6 +131,7 @@ class LossConfig:
     count_positives: Literal['once', 'twice'] # how often the positives stand in the denominator
     local_weight: float # weight of the local loss, >= 0; 0 leaves it out (Table 5)
     mil: bool # False: one averaged audio slice per step and plain InfoNCE in the local loss (Table 6)
+    normalize: bool # the embeddings have length one, as model.normalize says: so shall an average of them
     block: int # anchors of the local loss in memory at once; 0: a few MB of them
     negatives: Literal['batch', 'world'] # clips compared with: those of this process, or of all of them
 

@@ -86,6 +86,7 @@ def run_config(
         raise InputError(f'pretrain.datasets names {", ".join(missing)}; `datasets` has: {", ".join(params["datasets"])}')
     if len(set(rates.values())) != 1: raise InputError(f'pretrain.datasets must share one frame rate, not {rates}')
     sections['model'] = sections['model'] | dict(bands=audio.bands, mel_per_step=audio.mel_per_step(*set(rates.values())))
+    sections['loss'] = sections['loss'] | dict(normalize=sections['model'].get('normalize'))
     return parse(RunConfig, sections | dict(variant=variant, seed=seed), 'the run')
 
 # %% ../nbs/17_runs.ipynb #010

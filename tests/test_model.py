@@ -1,4 +1,5 @@
 "The model at the size of the paper, its presets and variants, and what each loss may train."
+import math
 from dataclasses import replace
 
 import pytest
@@ -9,13 +10,13 @@ from glcm.attention import area_resample, attention_map, attention_pool, mean_po
 from glcm.core import InputError
 from glcm.encoders import audio_resnet18, video_resnet18
 from glcm.losses import LossConfig
-from glcm.model import GLCM, ModelConfig, glcm_loss
+from glcm.model import GLCM, Embeddings, ModelConfig, glcm_loss
 
 MINIATURE = ModelConfig(
     encoders='r3d', width=4, embedding=16, local_embedding=0, bands=80, global_frames=4, slices_per_step=3, mel_per_step=12, grid=8,
     global_stride=8, local_stride=16, projection='linear', pooling='attention', attention_temperature=0.07,
     detach_attention=False, normalize=True)
-LOSS = LossConfig(temperature=0.07, count_positives='once', local_weight=1., mil=True, block=0, negatives='world')
+LOSS = LossConfig(temperature=0.07, count_positives='once', local_weight=1., mil=True, normalize=True, block=0, negatives='world')
 LOCAL = {'local_encoder', 'video_local', 'audio_local'}
 GLOBAL = {'global_encoder', 'video_global', 'audio_global'}
 
@@ -120,13 +121,52 @@ def test_what_the_local_loss_trains(change, parts):
     assert trained_parts(model, glcm_loss(model(*clips()), LOSS)['local_loss']) == parts
 
 
-def test_no_mil_averages_the_slices():
-    z = build()(*clips())
-    averaged = z._replace(audio_local=z.audio_local.unflatten(2, (8, 3)).mean(-1))
-    without, expected = glcm_loss(z, replace(LOSS, mil=False)), glcm_loss(averaged, LOSS)
-    torch.testing.assert_close(without['local_loss'], expected['local_loss'])
-    assert without['global_loss'] == glcm_loss(z, LOSS)['global_loss']
-    assert without['local_loss'] != glcm_loss(z, LOSS)['local_loss']
+@pytest.mark.parametrize('normalize', [True, False])
+def test_no_mil_averages_the_slices(normalize):
+    "By loops in float64: a mean of unit vectors has length one again, a mean of raw ones stays as it is."
+    z, loss = build(normalize=normalize)(*clips()), replace(LOSS, normalize=normalize)
+    means = torch.zeros(3, 16, 8, dtype=torch.double)
+    for b in range(3):
+        for t in range(8):
+            mean = sum(z.audio_local[b, :, 3*t + m].detach().double() for m in range(3))/3
+            means[b, :, t] = mean/mean.norm() if normalize else mean
+    without = glcm_loss(z, replace(loss, mil=False))
+    expected = glcm_loss(z._replace(audio_local=means), loss)
+    torch.testing.assert_close(without['local_loss'].double(), expected['local_loss'], rtol=1e-5, atol=1e-6)
+    assert without['global_loss'] == glcm_loss(z, loss)['global_loss']
+    assert without['local_loss'] != glcm_loss(z, loss)['local_loss']
+
+
+def test_without_mil_the_length_of_a_mean_is_no_temperature():
+    "Two slices on both sides of each step's direction: the further apart, the shorter their mean; its direction and so the loss stay."
+    steps, aside = torch.eye(8)[:, :4].unsqueeze(0), torch.eye(8)[:, 4:].unsqueeze(0) # (1, 8, 4)
+    losses = []
+    for spread in (0., 1., 3.):
+        slices = torch.stack([F.normalize(steps + spread*aside, dim=1), F.normalize(steps - spread*aside, dim=1)], 3).flatten(2)
+        z = Embeddings(torch.ones(1, 8), torch.ones(1, 8, 1, 1), None, slices, steps)
+        losses.append(float(glcm_loss(z, replace(LOSS, temperature=1., mil=False))['local_loss']))
+    own, other = 1., 0. # scores of a step with its slice, and with another's; 3 others in each of two directions
+    assert losses == pytest.approx([math.log(1 + 6*math.exp(other - own))]*3, rel=1e-6)
+
+
+@pytest.mark.parametrize('projection', ['linear', 'mlp'])
+@pytest.mark.parametrize('normalize', [True, False])
+def test_averages_are_taken_of_features(normalize, projection):
+    "Whatever is averaged is averaged before projection and normalisation, so no embedding is shorter for it."
+    model, views, features = build(normalize=normalize, projection=projection).eval(), clips(), {}
+    for name in ('audio_encoder', 'global_encoder'):
+        getattr(model, name).register_forward_hook(lambda module, args, out, name=name: features.update({name: out}))
+    with torch.no_grad():
+        z = model(*views)
+        sound = model.project['audio_global'](features['audio_encoder'].mean(2, keepdim=True)).squeeze(2)
+        frames = F.interpolate(features['global_encoder'].mean(2), size=(8, 8), mode='bilinear')
+        cells = model.project['video_global'](frames.flatten(2)).view(3, 16, 8, 8)
+    if normalize: sound, cells = sound/sound.norm(dim=1, keepdim=True), cells/cells.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(z.audio_global, sound)
+    torch.testing.assert_close(z.video_global, cells)
+    for name in ('audio_global', 'video_global', 'audio_local', 'video_local'):
+        lengths = getattr(z, name).norm(dim=1)
+        assert normalize == torch.allclose(lengths, torch.ones(()), rtol=0, atol=1e-5)
 
 
 def test_global_view_is_every_few_frames_of_the_local_view():
