@@ -16,7 +16,8 @@ MINIATURE = ModelConfig(
     encoders='r3d', width=4, embedding=16, local_embedding=0, bands=80, global_frames=4, slices_per_step=3, mel_per_step=12, grid=8,
     global_stride=8, local_stride=16, projection='linear', pooling='attention', attention_temperature=0.07,
     detach_attention=False, normalize=True)
-LOSS = LossConfig(temperature=0.07, count_positives='once', local_weight=1., mil=True, normalize=True, block=0, negatives='world')
+LOSS = LossConfig(
+    temperature=0.07, count_positives='once', local_weight=1., mil=True, normalize=True, block=0, negatives='world')
 LOCAL = {'local_encoder', 'video_local', 'audio_local'}
 GLOBAL = {'global_encoder', 'video_global', 'audio_global'}
 
@@ -73,7 +74,8 @@ def test_audio_strides(stride):
 @pytest.mark.parametrize('config, loss', [
     (dict(), dict()), # default
     (dict(normalize=False, attention_temperature=1.), dict(temperature=1.)), # paper
-    (dict(normalize=False, attention_temperature=1., global_frames=2, global_stride=32, grid=0),
+    (dict(encoders='slow_fast', width=8, local_embedding=8, normalize=False, attention_temperature=1., global_stride=16,
+          grid=0),
      dict(temperature=1., count_positives='twice')), # released
     (dict(projection='mlp'), dict(block=5)), (dict(projection='none', embedding=32), dict())])
 def test_presets_and_projections_learn(config, loss):
@@ -138,11 +140,13 @@ def test_no_mil_averages_the_slices(normalize):
 
 
 def test_without_mil_the_length_of_a_mean_is_no_temperature():
-    "Two slices on both sides of each step's direction: the further apart, the shorter their mean; its direction and so the loss stay."
-    steps, aside = torch.eye(8)[:, :4].unsqueeze(0), torch.eye(8)[:, 4:].unsqueeze(0) # (1, 8, 4)
+    "Slices on both sides of a step's direction: apart, their mean is shorter; its direction and so the loss stay."
+    steps = torch.eye(8)[:, :4].unsqueeze(0) # (1, 8, 4)
+    aside = torch.eye(8)[:, 4:].unsqueeze(0)
     losses = []
     for spread in (0., 1., 3.):
-        slices = torch.stack([F.normalize(steps + spread*aside, dim=1), F.normalize(steps - spread*aside, dim=1)], 3).flatten(2)
+        pair = F.normalize(steps + spread*aside, dim=1), F.normalize(steps - spread*aside, dim=1)
+        slices = torch.stack(pair, 3).flatten(2)
         z = Embeddings(torch.ones(1, 8), torch.ones(1, 8, 1, 1), None, slices, steps)
         losses.append(float(glcm_loss(z, replace(LOSS, temperature=1., mil=False))['local_loss']))
     own, other = 1., 0. # scores of a step with its slice, and with another's; 3 others in each of two directions

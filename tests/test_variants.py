@@ -14,6 +14,7 @@ from glcm.tasks.finetune import TASK_CODE
 from glcm.train import training_step
 
 PARAMS = tiny_params()
+FILES = 'params.yaml', 'params.paper.yaml', 'params.grid.yaml', 'params.esc10.yaml'
 
 
 def batch(config, clips=3):
@@ -24,15 +25,22 @@ def batch(config, clips=3):
                 shift=torch.zeros(clips, dtype=torch.long), clip=list('abc'))
 
 
-@pytest.mark.parametrize('variant', PARAMS['variants'])
-def test_one_step_of_every_variant(variant):
-    config = run_config(PARAMS, variant, 0)
+ROWS = [(file, variant) for file in FILES for variant in read_params(root()/file)['variants']]
+
+@pytest.mark.parametrize('file, variant', ROWS)
+def test_one_step_of_every_variant(file, variant):
+    "As the file says, but for thinner encoders and fewer clips."
+    params = read_params(root()/file)
+    assert run_config(params, variant, 0).variant == variant
+    config = run_config(override(params, dict(model=dict(width=8, embedding=16)), 'the test'), variant, 0)
     torch.manual_seed(0)
     model = GLCM(config.model).train()
-    values = training_step(model, torch.optim.AdamW(model.parameters()), batch(config), config, 5, torch.device('cpu'))
+    optimizer = torch.optim.AdamW(model.parameters())
+    values = training_step(model, optimizer, batch(config, 2), config, 5, torch.device('cpu'))
     assert torch.isfinite(torch.tensor([values['loss'], values['lr']])).all()
-    trained = any(p.grad is not None for p in model.local_encoder.parameters())
-    assert trained == (config.loss.local_weight > 0)
+    for name in ('global_encoder', 'audio_encoder', 'local_encoder'):
+        trained = any(p.grad is not None and p.grad.any() for p in getattr(model, name).parameters())
+        assert trained == (config.loss.local_weight > 0 or name != 'local_encoder')
 
 
 def test_each_part_of_a_batch_is_counted_once_by_batch_norm():
@@ -60,17 +68,65 @@ def differences(variant):
             for k, v in values.items() if v != base[section][k]}
 
 
-def test_presets_are_what_they_claim():
-    paper = run_config(read_params(), 'paper', 0)
-    assert (paper.model.normalize, paper.loss.temperature, paper.loss.count_positives) == (False, 1.0, 'once')
-    assert (paper.pretrain.lr, paper.pretrain.warmup_steps, paper.pretrain.schedule) == (0.001, 500, 'constant')
-    released = run_config(read_params(), 'released', 0)
-    assert (released.model.normalize, released.loss.temperature, released.loss.count_positives) == (False, 1.0, 'twice')
-    assert released.views.frames//released.model.global_frames == 8
-    assert (released.model.global_stride, released.model.grid, released.model.detach_attention) == (16, 0, False)
-    assert (released.model.encoders, released.model.local_embedding) == ('slow_fast', 16)
-    assert (released.pretrain.lr, released.pretrain.warmup_steps) == (0.0001, 0)
-    assert (released.views.jitter, released.views.random_crop, released.views.flip, released.views.gray) == (False, False, 0, 0)
+PAPER = dict(
+    views=dict(shift=0), model=dict(normalize=False, attention_temperature=1.0),
+    loss=dict(temperature=1.0, count_positives='once', negatives='world', normalize=False),
+    pretrain=dict(lr=0.001, warmup_steps=500, schedule='constant', weight_decay=0.0))
+RELEASED = dict(
+    views=dict(jitter=False, shift=0, random_crop=False, flip=0.0, gray=0.0),
+    model=dict(
+        encoders='slow_fast', embedding=512, local_embedding=64, global_frames=4, grid=0, global_stride=16,
+        local_stride=16, projection='linear', pooling='attention', attention_temperature=1.0, detach_attention=False,
+        normalize=False),
+    loss=dict(temperature=1.0, count_positives='twice', local_weight=1.0, mil=True, negatives='batch', normalize=False),
+    pretrain=dict(lr=0.0001, warmup_steps=0, schedule='constant', weight_decay=0.0))
+PRESETS = dict(paper=PAPER, released=RELEASED)
+
+
+def choices(preset):
+    "What a preset fixes: (section, name) -> value."
+    return {(section, name): value for section, values in PRESETS[preset].items() for name, value in values.items()}
+
+
+def claimed(config, preset):
+    "What a configuration says of the parameters that a preset fixes."
+    sections = asdict(config)
+    return {(section, name): sections[section][name] for section, name in choices(preset)}
+
+
+@pytest.mark.parametrize('file', FILES)
+@pytest.mark.parametrize('preset', PRESETS)
+def test_presets_are_what_they_claim(file, preset):
+    assert claimed(run_config(read_params(root()/file), preset, 0), preset) == choices(preset)
+
+
+@pytest.mark.parametrize('preset', PRESETS)
+def test_presets_do_not_depend_on_the_rest_of_the_file(preset):
+    "Whatever the other sections say, a preset's own choices stay."
+    count, negatives = dict(paper=('twice', 'batch'), released=('once', 'world'))[preset]
+    other = dict(
+        views=dict(jitter=True, shift=3, random_crop=True, flip=0.4, gray=0.3),
+        model=dict(
+            encoders='r3d', embedding=32, local_embedding=8, global_frames=8, grid=9, global_stride=8, local_stride=32,
+            projection='mlp', pooling='mean', attention_temperature=0.2, detach_attention=True, normalize=True),
+        loss=dict(temperature=0.2, count_positives=count, local_weight=0.5, mil=False, negatives=negatives),
+        pretrain=dict(lr=0.01, warmup_steps=7, schedule='cosine', weight_decay=0.1))
+    params = override(read_params(), other, 'the test')
+    base = claimed(run_config(params, 'glcm', 0), preset)
+    assert all(base[name] != value for name, value in choices(preset).items())
+    assert claimed(run_config(params, preset, 0), preset) == choices(preset)
+
+
+def test_released_at_the_size_of_the_paper():
+    config = run_config(read_params(root()/'params.paper.yaml'), 'released', 0)
+    assert config.views.frames//config.model.global_frames == 8 # every eighth frame
+    assert (config.model.width, config.model.embedding) == (64, 512)
+    assert config.model.slices_per_step*config.views.frames == 96
+
+
+def test_files_share_their_variants():
+    first, *others = (read_params(root()/file)['variants'] for file in FILES)
+    for variants in others: assert variants == first
 
 
 def names(params):
