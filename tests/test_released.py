@@ -1,0 +1,116 @@
+"""The preset `released` computes at the paper's width what the authors' released code computes.
+
+released.json holds what that code gave: repository yunyikristy/global_local, commit 75c3c89, `GlobalLocal` of model.py
+with no line changed, in float64 on a CPU, in training mode. Weights and clips were those made here by formulas that any
+machine evaluates alike, with the names of parameters mapped by `THEIRS`. Two things were put in from outside, the same
+on both sides. Its audio encoder is another one (LeakyReLU, biases, no pooling, no stride): features of 96 slices take
+the place of both. Its normalisation of frames has a slip of precedence: it was given ours. Compared are the two visual
+encoders, the four projections, the attention, both losses, and the gradient of their sum for each parameter. Attention
+and pooled features are not among what it returns; they were read by hooks on its layers.
+"""
+import json
+from pathlib import Path
+from zlib import crc32
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from glcm.core import read_params, root
+from glcm.model import GLCM, glcm_loss
+from glcm.runs import run_config
+
+GIVEN = Path(__file__).with_name('released.json')
+CONFIG = run_config(read_params(root()/'params.paper.yaml'), 'released', 0)
+THEIRS = dict( # their names -> ours
+    v_slow='global_encoder', v_fast='local_encoder', downsample='shortcut', v_proj1='project.video_global',
+    v_proj2='project.video_local', a_proj1='project.audio_global', a_proj2='project.audio_local')
+ENCODERS = 'global_encoder', 'local_encoder'
+EMBEDDINGS = 'audio_global', 'video_global', 'attention', 'audio_local', 'video_local'
+
+
+def uniform(shape, seed):
+    "Numbers in -1..1 by SplitMix64: whole numbers only, so the same on every machine and in every version."
+    x = np.arange(1, np.prod(shape) + 1, dtype=np.uint64)*np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed << 32)
+    x = (x ^ (x >> np.uint64(30)))*np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27)))*np.uint64(0x94D049BB133111EB)
+    x = x ^ (x >> np.uint64(31))
+    return torch.from_numpy((x >> np.uint64(11)).astype(np.float64)/2**52 - 1).view(shape)
+
+
+def weight(name, shape):
+    "A parameter, from its name: convolutions keep the size of signals, projections make scores of a few units."
+    values = uniform(shape, crc32(name.encode()))
+    if len(shape) == 1: return 0.1*values + (1 if name.endswith('weight') else 0)
+    scale = (6/np.prod(shape[1:]))**0.5
+    return (0.3*scale if name.startswith('project') else scale)*values
+
+
+def clips():
+    "Three clips of 32 frames as bytes, and for each the features of 96 audio slices."
+    frames = ((uniform((3, 3, 32, 64, 64), 1) + 1)*128).to(torch.uint8)
+    return frames, uniform((3, 512, 96), 2).abs()
+
+
+def sample(tensor):
+    "Mean, norm and 12 values of a tensor, spread over it."
+    flat = tensor.detach().flatten()
+    spread = torch.arange(12)*(len(flat) - 1)//11
+    return [float(value) for value in [flat.mean(), flat.norm(), *flat[spread]]]
+
+
+class Sound(nn.Module):
+    "In the place of an audio encoder: always these features."
+    def __init__(self, features):
+        super().__init__()
+        self.features = features
+
+    def forward(self, audio): return self.features
+
+
+@pytest.fixture(scope='module')
+def ours():
+    "What the preset computes, named as in released.json."
+    frames, sound = clips()
+    model = GLCM(CONFIG.model).double().train()
+    model.audio_encoder = Sound(sound)
+    with torch.no_grad():
+        for name, p in model.named_parameters(): p.copy_(weight(name, p.shape))
+    features = {}
+    for name in ENCODERS:
+        keep = lambda module, args, out, name=name: features.update({name: out})
+        getattr(model, name).register_forward_hook(keep)
+    z = model(frames, torch.zeros(3, 80, 384))
+    losses = glcm_loss(z, CONFIG.loss)
+    losses['loss'].backward()
+    outputs = features | {name: getattr(z, name) for name in EMBEDDINGS}
+    return dict(
+        outputs={name: sample(value) for name, value in outputs.items()},
+        losses={name: float(value.detach()) for name, value in losses.items()},
+        gradients={name: float(p.grad.norm()) for name, p in model.named_parameters()})
+
+
+@pytest.fixture(scope='module')
+def theirs():
+    "What the released code gave."
+    return json.loads(GIVEN.read_text())
+
+
+def test_formulas_make_the_same_numbers_everywhere():
+    "The first SplitMix64 numbers of seed 0, as its authors publish them, brought to -1..1."
+    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert uniform((3,), 0).tolist() == [(x >> 11)/2**52 - 1 for x in published]
+
+
+@pytest.mark.parametrize('name', [*ENCODERS, *EMBEDDINGS])
+def test_outputs_are_those_of_the_released_code(ours, theirs, name):
+    assert ours['outputs'][name] == pytest.approx(theirs['outputs'][name], rel=1e-8, abs=1e-9)
+
+
+def test_losses_are_those_of_the_released_code(ours, theirs):
+    assert ours['losses'] == pytest.approx(theirs['losses'], rel=1e-8)
+
+
+def test_gradients_are_those_of_the_released_code(ours, theirs):
+    assert ours['gradients'] == pytest.approx(theirs['gradients'], rel=1e-8)
