@@ -7,7 +7,7 @@ import pytest
 
 from glcm.core import InputError, inside
 from glcm.data.benchmarks import agreement, window
-from glcm.data.catalogue import EXPECTED, READERS, leaks, read_catalogue, select
+from glcm.data.catalogue import EXPECTED, READERS, leaks, read_catalogue, training_order
 from glcm.data.lists import COLUMNS, clip_name
 
 ALIGN = '0 5000 sil\n5000 10000 bin\n10000 15000 blue\n15000 20000 at\n20000 21000 sp\n21000 25000 f\n25000 30000 two\n30000 74500 now\n'
@@ -294,16 +294,23 @@ def test_flickr_boxes_are_where_two_agree():
     assert agreement(apart) == apart and agreement(apart[:1]) == apart[:1]
 
 
-def test_select_is_stable(tmp_path):
+def test_training_order_depends_on_the_clips_alone(tmp_path):
     rows = [f'singing,id{i:09d},0,10,train\n' for i in range(500)]
-    table = read_catalogue('kinetics700', put(tmp_path/'a', {'train.csv': KINETICS + ''.join(rows)}))
+    others = {'val.csv': KINETICS + 'singing,v,0,10,val\n', 'test.csv': KINETICS + 'singing,t,0,10,test\n'}
+    table = read_catalogue('kinetics700', put(tmp_path/'a', {'train.csv': KINETICS + ''.join(rows)} | others))
     random.Random(0).shuffle(rows)
-    again = read_catalogue('kinetics700', put(tmp_path/'b', {'train.csv': KINETICS + ''.join(rows[:450])}))
-    chosen, kept = set(select(table, 100)['clip']), set(again['clip'])
-    assert len(chosen) == 100 and chosen & kept <= set(select(again, 100)['clip'])
-    assert set(select(select(table, 100), 10)['clip']) == set(select(table, 10)['clip'])
-    ranked = sorted(table['clip'], key=lambda c: hashlib.sha256(f'3/{c}'.encode()).digest()[:8])
-    assert set(select(table, 7, seed=3)['clip']) == set(ranked[:7])
-    assert select(table, 100)['clip'].tolist() == [c for c in table['clip'] if c in chosen]
-    with pytest.raises(InputError, match='501 clips cannot be taken from a catalogue of 500'): select(table, 501)
-    assert select(table, 0).empty and len(select(table, 500)) == 500
+    again = read_catalogue('kinetics700', put(tmp_path/'b', {'train.csv': KINETICS + 'broken\n' + ''.join(rows[:450])}))
+    order, kept = training_order(table)['clip'].tolist(), set(again['clip'])
+    assert len(order) == 500 and set(training_order(table).split) == {'train'}
+    assert training_order(again)['clip'].tolist() == [clip for clip in order if clip in kept]
+    ranked = sorted(table['clip'][table.split == 'train'], key=lambda c: hashlib.sha256(f'3/{c}'.encode()).digest()[:8])
+    assert training_order(table, seed=3)['clip'].tolist() == ranked
+
+
+def test_what_counts_as_training_material(tmp_path):
+    lrs2 = read_catalogue('lrs2', put(tmp_path/'lrs2', {'pretrain.txt': '1/1\n', 'train.txt': '2/1\n', 'val.txt': '3/1\n', 'test.txt': '4/1 NF\n'}))
+    assert set(training_order(lrs2).split) == {'pretrain', 'train'}
+    meta = {c: dict(label='REAL', split='train') for c in ('a.mp4', 'b.mp4')}
+    dfdc = read_catalogue('dfdc', put(tmp_path/'dfdc', {'dfdc_train_part_3/metadata.json': json.dumps(meta), 'train.txt': 'a.mp4\n'}))
+    assert training_order(dfdc)['clip'].tolist() == ['dfdc_train_part_3_a'] # the user's list leaves the other out
+    assert len(training_order(read_catalogue('esc50', put(tmp_path/'esc50', GOOD['esc50'])))) == 1 # folds, no split

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from dataclasses import replace
 
@@ -11,9 +12,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import glcm.data.preprocess as module
 from glcm.core import InputError
 from glcm.data.audio import AudioConfig
-from glcm.data.catalogue import read_catalogue
+from glcm.data.catalogue import read_catalogue, training_order
 from glcm.data.miniature import write_world
 from glcm.data.preprocess import ClipConfig, preprocess
 from glcm.data.shards import ClipStore, StoreConfig
@@ -68,6 +70,79 @@ def test_a_line_that_is_not_understood_is_one_row_of_the_rejected(kinetics, tmp_
     assert len(store) == 10 and 'problem' not in store.clips[0]
     with pytest.raises(InputError, match=r'1 of 11 clips cannot be used \(1 x bad entry\), more than max_rejected = 0.05 allows'):
         preprocess(catalogue, folder, tmp_path/'strict', replace(CLIP, max_rejected=0.05), AUDIO, STORE, 16)
+
+
+@pytest.fixture(scope='module')
+def many(tmp_path_factory):
+    "A dataset for training and validation of which every third film is damaged, the clips in their order by chance, and those that can be used."
+    folder = tmp_path_factory.mktemp('many')/'data'
+    write_world(folder, workers=0, train=24, validate=6, speech=0, held_out=0, recordings=0)
+    order = training_order(read_catalogue('kinetics700', folder/'kinetics700'))
+    for path in order.path[::3]: (folder/'kinetics700'/path).write_bytes(b'damaged')
+    whole = [clip for k, clip in enumerate(order['clip']) if k % 3]
+    return folder/'kinetics700', order['clip'].tolist(), whole
+
+
+def contents(folder): return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize('wanted', [1, 4, 9, 16])
+def test_rejected_clips_are_replaced_by_the_next(many, tmp_path, monkeypatch, wanted):
+    monkeypatch.setattr(module, 'ROWS_PER_SHARD', 4)
+    folder, order, whole = many
+    rejected = preprocess(read_catalogue('kinetics700', folder), folder, tmp_path/'out', replace(CLIP, clips=wanted), AUDIO, STORE, 16)
+    store = ClipStore(tmp_path/'out')
+    assert [row['clip'] for row in store.clips] == whole[:wanted]
+    tried = order[:order.index(whole[wanted - 1])]
+    assert rejected['clip'].tolist() == [clip for clip in tried if clip not in whole]
+    with monkeypatch.context() as patch: # the same clips without the rejected ones
+        patch.setattr(module, 'training_order', lambda table: table)
+        table = read_catalogue('kinetics700', folder).set_index('clip', drop=False).loc[whole[:wanted]]
+        preprocess(table, folder, tmp_path/'plain', CLIP, AUDIO, STORE, 16)
+    plain = ClipStore(tmp_path/'plain')
+    for i in range(wanted):
+        assert np.array_equal(store.planes(i), plain.planes(i)) and np.array_equal(store.mel(i), plain.mel(i))
+    store.verify()
+    for shard in tmp_path.glob('out/*.tar'): # the tar files hold the clips of the index and no others
+        with tarfile.open(shard) as tar: stems = {name.partition('.')[0] for name in tar.getnames()}
+        assert len(stems) == sum(row['shard'] == shard.name for row in store.clips)
+
+
+def test_the_choice_survives_relisting_and_interruptions(many, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, 'ROWS_PER_SHARD', 4)
+    folder, _, _ = many
+    table, config = read_catalogue('kinetics700', folder), replace(CLIP, clips=9)
+    preprocess(table, folder, tmp_path/'once', config, AUDIO, STORE, 16)
+    preprocess(table.sample(frac=1, random_state=0), folder, tmp_path/'shuffled', config, AUDIO, STORE, 16)
+    assert contents(tmp_path/'shuffled') == contents(tmp_path/'once')
+    real, left = module._do, [0]
+    def interrupted(*args):
+        if not left[0]: raise KeyboardInterrupt
+        left[0] -= 1
+        return real(*args)
+    for left[0] in (2, 1): # interrupted twice: four blocks are decoded, in two portions
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(module, '_do', interrupted)
+            preprocess(table, folder, tmp_path/'often', config, AUDIO, STORE, 16)
+    preprocess(table, folder, tmp_path/'often', config, AUDIO, STORE, 16)
+    assert contents(tmp_path/'often') == contents(tmp_path/'once')
+
+
+def test_a_list_that_is_too_short_is_said(many, tmp_path):
+    folder, _, whole = many
+    with pytest.warns(UserWarning, match='16 clips stored of 17 that are wanted; no other training clips are listed'):
+        preprocess(read_catalogue('kinetics700', folder), folder, tmp_path/'out', replace(CLIP, clips=17), AUDIO, STORE, 16)
+    assert [row['clip'] for row in ClipStore(tmp_path/'out').clips] == whole
+
+
+def test_a_broken_dataset_is_not_searched_to_its_end(many, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, 'ROWS_PER_SHARD', 4)
+    folder, order, _ = many
+    with pytest.raises(InputError, match='2 of 4 clips cannot be used'):
+        preprocess(read_catalogue('kinetics700', folder), folder, tmp_path/'out', replace(CLIP, clips=3, max_rejected=0.3), AUDIO, STORE, 16)
+    only_validation = read_catalogue('kinetics700', folder).query('split == "validate"')
+    with pytest.raises(InputError, match='lists no clips for training, of which 3 are wanted'):
+        preprocess(only_validation, folder, tmp_path/'none', replace(CLIP, clips=3), AUDIO, STORE, 16)
 
 
 def test_too_many_faults_fail_and_leave_nothing(kinetics, tmp_path):

@@ -4,18 +4,19 @@
 
 # %% auto #0
 __all__ = ['INSTRUMENTS', 'KINETICS_SOUNDS', 'OWN', 'READERS', 'EXPECTED', 'kinetics700', 'kinetics_sounds', 'avspeech',
-           'media_folder', 'read_catalogue', 'select', 'leaks']
+           'media_folder', 'read_catalogue', 'training_order', 'leaks']
 
 # %% ../../nbs/08_data.catalogue.ipynb #002
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from ..core import InputError
 from .benchmarks import (dfdc, esc10, esc50, flickr_soundnet, grid, grid_words, hmdb51, lrs2, lrw,
                                   ucf101, vggss)
-from .lists import as_table, chance, csv_rows, media_files, read_items, seconds
+from .lists import TRAINING, as_table, chance, csv_rows, media_files, read_items, seconds
 
 # %% ../../nbs/08_data.catalogue.ipynb #005
 def kinetics700(
@@ -157,15 +158,15 @@ def read_catalogue(
     return table
 
 # %% ../../nbs/08_data.catalogue.ipynb #029
-def select(
+def training_order(
     catalogue: pd.DataFrame, # one row per clip
-    clips: int, # how many to take
-    seed: int = 0, # another seed, other clips
-) -> pd.DataFrame: # these rows, in the catalogue's order
-    "A random selection of clips that does not depend on the order of the catalogue; raises `InputError` if it has too few."
-    if not 0 <= clips <= len(catalogue): raise InputError(f'{clips} clips cannot be taken from a catalogue of {len(catalogue)}')
-    numbers = pd.Series([chance(clip, seed) for clip in catalogue['clip']], dtype=float)
-    return catalogue.iloc[sorted(numbers.nsmallest(clips).index)].reset_index(drop=True)
+    seed: int = 0, # another seed, another order
+) -> pd.DataFrame: # the rows to learn from; where a dataset knows no `split`, all that have no problem
+    "The training rows in an order by chance that does not depend on the catalogue's."
+    rows = catalogue[catalogue.problem.isna()]
+    if rows.split.notna().any(): rows = rows[rows.split.isin(TRAINING)]
+    numbers = [chance(clip, seed) for clip in rows['clip']]
+    return rows.iloc[np.argsort(numbers, kind='stable')].reset_index(drop=True)
 
 # %% ../../nbs/08_data.catalogue.ipynb #033
 def leaks(

@@ -10,6 +10,7 @@ __all__ = ['FACE_SIDE', 'MEMORY', 'STARTING', 'ANSWERING', 'ROWS_PER_SHARD', 'FO
 # %% ../../nbs/10_data.preprocess.ipynb #002
 import hashlib
 import json
+import math
 import os
 import queue
 import select
@@ -18,8 +19,10 @@ import signal
 import struct
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
+import warnings
 import weakref
 from collections import Counter, deque
 from collections.abc import Iterator
@@ -34,6 +37,7 @@ import pandas as pd
 
 from ..core import InputError, atomic_path, inside, parse, progress
 from .audio import AudioConfig, log_mel
+from .catalogue import training_order
 from .faces import face_track_crops, landmarks
 from .shards import StoreConfig, checksum, pack_clip, write_index, write_shard
 from .video import Recording, Rejection, from_rgb, read_recording
@@ -50,7 +54,7 @@ class ClipConfig:
     also: Literal['none', 'lips', 'face'] = 'none' # crops that are kept as well, in a folder of that name inside of the dataset's
     boxes: Literal['none', 'lips'] = 'none' # boxes to add for localization: around the lips of the face that speaks; needs glcm[faces]
     sound: bool = True         # False: pictures alone are kept, and silent films are as good as others
-    clips: int | None = None   # so many clips, chosen at random; default: all
+    clips: int | None = None   # so many clips of the training split, chosen at random, and no others; default: all of all splits
     min_frames: int | None = None # frames that a clip needs at least; default: views.frames
 
     def __post_init__(self):
@@ -310,15 +314,18 @@ def blocks_of(
     folder: Path, # where the dataset's files are
     settings: Settings, # how clips are stored
     kept: Path, # folder for the outcomes
+    first: int = 0, # number of the first row; a multiple of ROWS_PER_SHARD
+    count: int | None = None, # so many rows at least; default: all that follow
 ) -> list: # of `Block`
-    "The catalogue in blocks, each named by all that it depends on."
-    rows, blocks = catalogue.to_dict('records'), []
+    "Rows of the catalogue in whole blocks, each named by all that it depends on."
+    last = len(catalogue) if count is None else first + math.ceil(count/ROWS_PER_SHARD)*ROWS_PER_SHARD
+    rows, blocks = catalogue[first:last].to_dict('records'), []
     how = [FORMAT, asdict(settings) | dict(clip=asdict(settings.clip) | dict(max_rejected=None, clips=None))]
     for start in range(0, len(rows), ROWS_PER_SHARD):
         some = rows[start:start + ROWS_PER_SHARD]
-        content = [how, start, some, [_stamp(folder/row['path']) for row in some]]
+        content = [how, first + start, some, [_stamp(folder/row['path']) for row in some]]
         name = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:20]
-        blocks.append(Block(start//ROWS_PER_SHARD, some, kept/name))
+        blocks.append(Block((first + start)//ROWS_PER_SHARD, some, kept/name))
     return blocks
 
 # %% ../../nbs/10_data.preprocess.ipynb #023
@@ -339,11 +346,67 @@ def _do(
         (scratch/'block.json').write_text(json.dumps(outcome))
     return outcome
 
+# %% ../../nbs/10_data.preprocess.ipynb #a9169376
+def _decode(
+    blocks: list, # of `Block`
+    folder: Path, # where the dataset's files are
+    settings: Settings, # how clips are stored
+    seconds: float, # that a file may take
+    pool: Executor, # where to run
+    cores: int, # files at a time
+) -> list: # the outcome of each block
+    "Do what an earlier run has not finished."
+    outcomes = [block.finished() for block in blocks]
+    todo = [row for block, outcome in zip(blocks, outcomes) if outcome is None for row in block.rows]
+    total = sum(len(block.rows) for block in blocks)
+    jobs = ((folder, row, settings, seconds) for row in todo)
+    results = iter(progress(_in_order(pool, jobs, max(16, 4*cores)), 'clips', total, total - len(todo)))
+    outcomes = [outcome or _do(block, results) for block, outcome in zip(blocks, outcomes)]
+    next(results, None) # ends the bar
+    return outcomes
+
+def _first_clips(
+    blocks: list, # of `Block`
+    outcomes: list, # of each block
+    wanted: int, # number of clips
+) -> list: # outcomes, of as many blocks as are needed; the last one may be marked as `cut`
+    "The outcomes up to the last clip that is wanted."
+    kept = []
+    for block, outcome in zip(blocks, outcomes):
+        rows = outcome['rows'][:wanted]
+        wanted -= len(rows)
+        if wanted == 0 and len(rows) < len(outcome['rows']):
+            places = {row['clip']: place for place, row in enumerate(block.rows)}
+            before = [r for r in outcome['rejected'] if places[r[0]] < places[rows[-1]['clip']]]
+            outcome = dict(rows=rows, rejected=before, cut=True)
+        kept.append(outcome)
+        if wanted == 0: break
+    return kept
+
+def _rejections(
+    outcomes: list, # of each block
+    listed: pd.DataFrame, # rows that were in no block, but are rejected where their list left them a problem
+) -> pd.DataFrame: # clip, reason, detail
+    "All that was rejected."
+    problems = listed[listed.problem.notna()]
+    rows = [[clip, 'bad entry', problem] for clip, problem in zip(problems['clip'], problems.problem)]
+    for outcome in outcomes: rows += outcome['rejected']
+    return pd.DataFrame(rows, columns=['clip', 'reason', 'detail'])
+
 # %% ../../nbs/10_data.preprocess.ipynb #024
 def _link(source: Path, target: Path):
     "The same file under a second name, or a copy where the file system has no links."
     try: os.link(source, target)
     except OSError: shutil.copyfile(source, target)
+
+def _shorten(source: Path, target: Path, clips: int):
+    "The first clips of a shard as a shard of their own; what they hold stays at its place."
+    with tarfile.open(source) as whole, tarfile.open(target, 'w', format=tarfile.USTAR_FORMAT) as part:
+        numbers = set()
+        for member in whole:
+            numbers.add(member.name.partition('.')[0])
+            if len(numbers) > clips: return
+            part.addfile(member, whole.extractfile(member))
 
 def _assemble(
     out: Path, # the folder to make
@@ -357,7 +420,8 @@ def _assemble(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     for block, outcome in zip(blocks, outcomes):
-        if outcome['rows']: _link(block.folder/block.shard, scratch/block.shard)
+        if 'cut' in outcome: _shorten(block.folder/block.shard, scratch/block.shard, len(outcome['rows']))
+        elif outcome['rows']: _link(block.folder/block.shard, scratch/block.shard)
     write_index(scratch, [row for outcome in outcomes for row in outcome['rows']], about)
     rejected.to_csv(scratch/'rejected.csv', index=False)
     if out.is_dir(): shutil.rmtree(out)
@@ -376,21 +440,26 @@ def preprocess(
     min_frames: int, # visual steps that a clip needs at least
     config: PreprocessConfig = PreprocessConfig(), # executor and time limit
 ) -> pd.DataFrame: # clip, reason and detail of every rejected file
-    "Decode a whole dataset into clip shards; raises `InputError` if more than `max_rejected` of it cannot be used."
+    "Decode a dataset into clip shards, or `clips` of it; raises `InputError` if more than `max_rejected` of it cannot be used."
     out, kept = Path(out), Path(out).parent/f'.{Path(out).name}.unfinished'
     files = catalogue.path[catalogue.problem.isna()].str.lower()
     settings = Settings(clip, audio, store, min_frames, len(files) > 0 and bool(files.str.endswith(SOUND).all()))
     if settings.sound_only and not clip.sound: raise InputError(f'{folder} holds nothing but sound: sound: false leaves nothing of it')
-    blocks = blocks_of(catalogue, Path(folder), settings, kept)
-    outcomes = [block.finished() for block in blocks]
-    todo = [row for block, outcome in zip(blocks, outcomes) if outcome is None for row in block.rows]
+    rows = training_order(catalogue) if clip.clips else catalogue
+    if rows.empty: raise InputError(f'{folder} lists no clips for training, of which {clip.clips} are wanted')
+    wanted, blocks, outcomes, tried, accepted = clip.clips or len(rows), [], [], 0, 0
     with workers(config.executor) as (pool, cores):
-        jobs = ((Path(folder).resolve(), row, settings, config.time_limit) for row in todo)
-        results = iter(progress(_in_order(pool, jobs, max(16, 4*cores)), 'clips', len(catalogue), len(catalogue) - len(todo)))
-        outcomes = [outcome or _do(block, results) for block, outcome in zip(blocks, outcomes)]
-        next(results, None)
-    rejected = pd.DataFrame([r for outcome in outcomes for r in outcome['rejected']], columns=['clip', 'reason', 'detail'])
-    _refuse_if_too_many(rejected, len(catalogue), clip.max_rejected, kept/'rejected.csv')
+        while accepted < wanted and tried < len(rows) and tried - accepted <= clip.max_rejected*(wanted + tried - accepted):
+            portion = blocks_of(rows, Path(folder), settings, kept, tried, wanted - accepted)
+            blocks += portion
+            outcomes += _decode(portion, Path(folder).resolve(), settings, config.time_limit, pool, cores)
+            tried += sum(len(block.rows) for block in portion)
+            accepted = sum(len(outcome['rows']) for outcome in outcomes)
+    outcomes = _first_clips(blocks, outcomes, wanted)
+    rejected = _rejections(outcomes, catalogue if clip.clips else rows[:0])
+    accepted = sum(len(outcome['rows']) for outcome in outcomes)
+    _refuse_if_too_many(rejected, accepted + len(rejected), clip.max_rejected, kept/'rejected.csv')
+    if clip.clips and accepted < wanted: warnings.warn(f'{folder}: {accepted} clips stored of {wanted} that are wanted; no other training clips are listed')
     about = dict(fps=clip.fps, bands=audio.bands, columns_per_second=audio.sample_rate/audio.hop) | asdict(store)
     _assemble(out, kept/'whole', blocks, outcomes, about, rejected)
     shutil.rmtree(kept, ignore_errors=True)
