@@ -11,7 +11,10 @@ from glcm.core import InputError
 from glcm.data import faces
 from glcm.data.faces import (EYES_AND_NOSE, LIP_CORNERS, MEAN_FACE, align_crop, crop_matrices, face_track_crops, faces_installed,
                              fill_gaps, landmarks, moved, similarity, smooth, warp)
-from glcm.data.video import Rejection, read_recording
+from glcm.data.audio import AudioConfig
+from glcm.data.preprocess import ClipConfig, Settings, encode_clip
+from glcm.data.shards import StoreConfig
+from glcm.data.video import Rejection, from_rgb, read_recording
 
 GRID = Path(__file__).resolve().parents[2]/'shared'/'data'/'grid'
 dlib = pytest.mark.skipif(not faces_installed(), reason="dlib is not installed: pip install 'glcm[faces]'")
@@ -81,20 +84,27 @@ def test_shrinking_averages_over_fine_patterns():
         assert np.abs(crop.astype(int) - 127).max() < 40
 
 
+@pytest.mark.parametrize('size, seen', [(112, None), (128, 112), (64, 56)])
 @pytest.mark.parametrize('degrees', [0, 25, 180])
-def test_lips_lie_in_the_middle_and_fill_a_third(degrees):
+def test_lips_lie_in_the_middle_and_fill_a_third_of_what_is_seen(degrees, size, seen):
     "White dots at the corners of the mouth, measured in the crop."
     placed = np.stack([moved(MEAN_FACE, turned(degrees, 120, (200, 200)))]*3)
     y, x = np.indices((400, 400))
     dot = lambda p: 255*np.exp(-((x - p[0])**2 + (y - p[1])**2)/8)
     frame = sum(dot(placed[0, corner]) for corner in LIP_CORNERS)
-    crops = align_crop(np.repeat(frame[None, :, :, None], 3, 3).repeat(3, 0).astype(np.uint8), placed, 'lips', 112)
+    crops = align_crop(np.repeat(frame[None, :, :, None], 3, 3).repeat(3, 0).astype(np.uint8), placed, 'lips', size, seen=seen)
     weight = crops[0, :, :, 0].astype(float)
-    columns = np.arange(112)
-    left, right = [(weight[:, half].sum(0)*columns[half]).sum()/weight[:, half].sum() for half in (slice(0, 56), slice(56, 112))]
+    columns = np.arange(size)
+    left, right = [(weight[:, half].sum(0)*columns[half]).sum()/weight[:, half].sum() for half in (slice(0, size//2), slice(size//2, size))]
     height = (weight.sum(1)*columns).sum()/weight.sum()
-    assert crops.shape == (3, 112, 112, 3) and crops.dtype == np.uint8
-    np.testing.assert_allclose([right - left, (left + right)/2, height], [112/3, 55.5, 55.5], atol=0.3)
+    assert crops.shape == (3, size, size, 3) and crops.dtype == np.uint8
+    np.testing.assert_allclose([right - left, (left + right)/2, height], [(seen or size)/3, (size - 1)/2, (size - 1)/2], atol=0.3)
+
+
+def test_a_face_with_its_margin_fills_what_is_seen():
+    placed = moved(MEAN_FACE, turned(15, 120, (200, 200)))[None]
+    inner = moved(placed, crop_matrices(placed, 'face', 128, 0.3, 112)) - 8
+    np.testing.assert_allclose(inner, moved(placed, crop_matrices(placed, 'face', 112, 0.3)), atol=1e-6)
 
 
 def test_crops_beyond_the_border_and_wrong_arguments():
@@ -178,6 +188,21 @@ def test_lips_of_real_faces_fill_a_third_of_the_crop(clips):
         corners = landmarks(warp(clip.frames, matrices, 336), short_side=336, every=1, smoothing=0)[:, LIP_CORNERS] - 112
         assert abs(np.median(np.linalg.norm(corners[:, 1] - corners[:, 0], axis=-1))/112 - 1/3) < 0.02
         assert np.abs(corners.mean(1) - 55.5).max() < 0.04*112
+
+
+@real
+def test_stored_lips_fill_a_third_of_what_the_network_sees():
+    "The whole way from a file to what is stored: its middle is the crop of that size, in which lips fill a third."
+    path = sorted((GRID/'video').glob('*.mp4'))[40]
+    settings = Settings(ClipConfig(25, 128, 0.1, crop='lips'), AudioConfig(24000, 80, 1024, 240), StoreConfig('raw', 22, 16), 16, False, seen=112)
+    members, entries = encode_clip(path, settings)
+    stored = np.frombuffer(b''.join(members['i420']), np.uint8).reshape(entries['steps'], 192, 128)[:, 8:120, 8:120].astype(float)
+    recording = read_recording(path, 25, 288, 24000)
+    points = landmarks(recording.frames, recording.waveform, 24000, 25)
+    corners = moved(points[:, LIP_CORNERS], crop_matrices(points, 'lips', 112, 0))
+    assert abs(np.median(np.linalg.norm(corners[:, 1] - corners[:, 0], axis=-1))/112 - 1/3) < 1e-3
+    expected = from_rgb(align_crop(recording.frames, points, 'lips', 112))[:entries['steps'], :112]
+    assert np.abs(stored - expected).mean() < 1.5
 
 
 @real

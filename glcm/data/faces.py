@@ -238,13 +238,15 @@ def crop_matrices(
     kind: str, # 'lips' or 'face'
     size: int, # side of the crop, pixels
     margin: float, # around the face's square, in its sides; unused for lips
+    seen: int | None = None, # side of the square within the crop that the network sees, pixels; default: the crop
 ) -> np.ndarray: # (T, 2, 3) from pixels of the frame to pixels of the crop
     "The similarity transform of each frame that brings the lips or the face into place."
+    seen = seen or size
     matrices = similarity(landmarks[:, EYES_AND_NOSE], MEAN_FACE[EYES_AND_NOSE])
     if kind == 'lips':
         corners = moved(landmarks[:, LIP_CORNERS].astype(np.float64), matrices)
-        centre, scale = corners.mean(1), size/3/np.median(np.linalg.norm(corners[:, 1] - corners[:, 0], axis=-1))
-    elif kind == 'face': centre, scale = np.array([0.5, 0.45]), size/(1 + 2*margin)
+        centre, scale = corners.mean(1), seen/3/np.median(np.linalg.norm(corners[:, 1] - corners[:, 0], axis=-1))
+    elif kind == 'face': centre, scale = np.array([0.5, 0.45]), seen/(1 + 2*margin)
     else: raise InputError(f"kind of crop should be 'lips' or 'face', not {kind!r}")
     matrices *= scale
     matrices[..., 2] += (size - 1)/2 - scale*centre
@@ -280,11 +282,12 @@ def align_crop(
     kind: str, # 'lips', or 'face' with a margin
     size: int, # side of the crop, pixels
     margin: float = 0.3, # around the face's square, in its sides; unused for lips
+    seen: int | None = None, # side of the square within the crop that the network sees, pixels; default: the crop
 ) -> np.ndarray: # (T, size, size, 3) uint8
     "Crops of the aligned lips or face; raises `InputError` for another kind or landmarks that do not fit the frames."
     if landmarks.shape != (len(frames), 68, 2):
         raise InputError(f'landmarks should be ({len(frames)}, 68, 2), as many as frames, not {landmarks.shape}')
-    return warp(frames, crop_matrices(landmarks, kind, size, margin), size)
+    return warp(frames, crop_matrices(landmarks, kind, size, margin, seen), size)
 
 def face_track_crops(
     frames: np.ndarray, # (T, h, w, 3) uint8 RGB, upright; faces should be at least 80 pixels tall
@@ -294,6 +297,7 @@ def face_track_crops(
     sample_rate: int | None = None, # samples per second of `waveform`
     fps: float = 10, # frames per second
     short_side: int = 240, # as in `landmarks`
+    seen: int | None = None, # as in `align_crop`
 ) -> np.ndarray: # (T, size, size, 3) uint8
     "Crops of the lips or the face that speaks, else of the largest; raises `Rejection('no face')` where too few frames show one."
-    return align_crop(frames, landmarks(frames, waveform, sample_rate, fps, short_side), kind, size)
+    return align_crop(frames, landmarks(frames, waveform, sample_rate, fps, short_side), kind, size, seen=seen)

@@ -83,6 +83,7 @@ class Settings:
     store: StoreConfig
     min_frames: int  # visual steps that a clip needs at least
     sound_only: bool # whether the dataset has no pictures
+    seen: int | None = None # side of the square that the network sees of a crop of lips or faces, pixels; None: all of it
 
 # %% ../../nbs/10_data.preprocess.ipynb #007
 FACE_SIDE = 288 # pixels of the frames' shorter side in which faces are looked for
@@ -126,7 +127,7 @@ def _cropped(planes, waveform, settings):
     "The pictures whole, or lips or face cut out of them."
     if settings.clip.crop == 'none': return planes
     clip, frames = settings.clip, Recording(planes, None).frames
-    return from_rgb(face_track_crops(frames, clip.crop, clip.short_side, waveform, settings.audio.sample_rate, clip.fps))
+    return from_rgb(face_track_crops(frames, clip.crop, clip.short_side, waveform, settings.audio.sample_rate, clip.fps, seen=settings.seen))
 
 # %% ../../nbs/10_data.preprocess.ipynb #010
 def _send(write, head: dict, parts: list = ()):
@@ -439,11 +440,13 @@ def preprocess(
     store: StoreConfig, # container
     min_frames: int, # visual steps that a clip needs at least
     config: PreprocessConfig = PreprocessConfig(), # executor and time limit
+    seen: int | None = None, # side of the square that the network sees of a crop of lips or faces (views.crop), pixels; default: all of it
 ) -> pd.DataFrame: # clip, reason and detail of every rejected file
     "Decode a dataset into clip shards, or `clips` of it; raises `InputError` if more than `max_rejected` of it cannot be used."
     out, kept = Path(out), Path(out).parent/f'.{Path(out).name}.unfinished'
     files = catalogue.path[catalogue.problem.isna()].str.lower()
-    settings = Settings(clip, audio, store, min_frames, len(files) > 0 and bool(files.str.endswith(SOUND).all()))
+    settings = Settings(clip, audio, store, min_frames, len(files) > 0 and bool(files.str.endswith(SOUND).all()),
+                        seen if clip.crop != 'none' else None)
     if settings.sound_only and not clip.sound: raise InputError(f'{folder} holds nothing but sound: sound: false leaves nothing of it')
     rows = training_order(catalogue) if clip.clips else catalogue
     if rows.empty: raise InputError(f'{folder} lists no clips for training, of which {clip.clips} are wanted')
