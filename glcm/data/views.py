@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..core import InputError, generator
-from .lists import chance
+from .lists import TRAINING, chance
 from .shards import ClipStore
 
 # %% ../../nbs/11_data.views.ipynb #004
@@ -131,27 +131,33 @@ class StepSampler:
 # %% ../../nbs/11_data.views.ipynb #021
 def training_clips(
     stores: list, # `ClipStore`s
-    clips: int | None = None, # so many of them, chosen at random; None: all
+    clips: int | None = None, # so many recordings of them, chosen at random; None: all
     split: str | None = 'train', # None: clips of any split
-) -> list: # of (store, number of the clip)
-    "The clips of one or more stores; raises `InputError` where there are none, or too few."
-    found = [(store, i) for store in stores for i in (store.select(split=split) if split else range(len(store)))]
+) -> list: # of recordings, each a list of its copies: (store, number of the clip)
+    "The recordings of one or more stores; raises `InputError` where there are none, or too few."
+    splits = TRAINING if split == 'train' else (split,)
+    found = {}
+    for store in stores:
+        for i, row in enumerate(store.clips):
+            if split is None or row['split'] in splits: found.setdefault((row['clip'], row['path']), []).append((store, i))
     where = f'of split {split!r} in {", ".join(str(s.folder) for s in stores)}'
     if not found: raise InputError(f'no clips {where}')
-    if clips is None: return found
+    if clips is None: return list(found.values())
     if not 0 < clips <= len(found): raise InputError(f'{clips} clips cannot be taken from {len(found)} {where}')
-    return sorted(found, key=lambda place: chance(place[0].clips[place[1]]['clip'], seed=1))[:clips]
+    return [found[name] for name in sorted(found, key=lambda name: chance(name[0], seed=1))[:clips]]
 
 # %% ../../nbs/11_data.views.ipynb #023
 class TrainingViews(Dataset):
-    "Augmented views of clips, addressed by (pass, clip)."
+    "Augmented views of recordings, addressed by (pass, recording)."
     def __init__(self, clips: list, config: ViewConfig, seed: int): self.clips, self.config, self.seed = clips, config, seed
 
     def __len__(self): return len(self.clips)
 
     def __getitem__(self, key):
         epoch, k = key
-        store, i = self.clips[k]
+        copies = self.clips[k]
+        shown = generator(self.seed, 'copy', epoch, k).integers(len(copies)) if len(copies) > 1 else 0
+        store, i = copies[shown]
         planes, audio, shift = clip_views(store, i, self.config, generator(self.seed, 'views', epoch, k))
         return dict(planes=planes, audio=audio, shift=shift, clip=store.clips[i]['clip'])
 
