@@ -3,10 +3,11 @@ import hashlib
 import json
 import random
 
+import numpy as np
 import pytest
 
 from glcm.core import InputError, inside
-from glcm.data.benchmarks import agreement, window
+from glcm.data.benchmarks import window
 from glcm.data.catalogue import EXPECTED, READERS, leaks, read_catalogue, training_order
 from glcm.data.lists import COLUMNS, clip_name
 
@@ -288,10 +289,15 @@ def test_own_dfdc_lists_override(tmp_path):
     assert read_catalogue('dfdc', tmp_path).problem.tolist() == [None, 'b.mp4 is in train.txt and in validate.txt', None, None]
 
 
-def test_flickr_boxes_are_where_two_agree():
-    assert agreement([[0, 0, 0.5, 1], [0.25, 0, 1, 1]]) == [[0.25, 0, 0.5, 1]]
-    apart = [[0, 0, 0.2, 0.2], [0.5, 0.5, 1, 1]]
-    assert agreement(apart) == apart and agreement(apart[:1]) == apart[:1]
+def test_flickr_boxes_of_all_annotators_make_the_published_map(tmp_path):
+    "The map that LVS and EZ-VSL compare with: half of each box, summed, at most 1."
+    people = [(0, 0, 128, 256), (64, 0, 256, 256), (96, 0, 160, 256)]
+    boxes = ''.join(f'<a><bbox><t>box</t><a>{a}</a><b>{b}</b><c>{c}</c><d>{d}</d></bbox></a>' for a, b, c, d in people)
+    table = read_catalogue('flickr_soundnet', put(tmp_path, {'Annotations/12.xml': f'<r>{boxes}</r>'}))
+    published, ours = np.zeros((256, 256)), np.zeros((256, 256))
+    for x1, y1, x2, y2 in people: published[y1:y2, x1:x2] += 1/2
+    for x1, y1, x2, y2, weight in table.boxes[0]: ours[round(256*y1):round(256*y2), round(256*x1):round(256*x2)] += weight
+    assert np.array_equal(ours, published) and set(published[0].clip(max=1)) == {0.5, 1}
 
 
 def test_training_order_depends_on_the_clips_alone(tmp_path):
