@@ -4,22 +4,23 @@
 
 # %% auto #0
 __all__ = ['FEWEST', 'box_mask', 'pointing_hit', 'ciou', 'success_rate', 'success_auc', 'baseline_maps', 'synchronisation_hits',
-           'round_accuracy', 'deepfake_scores', 'sentence_errors', 'sentence_scores', 'read_predictions', 'drawn',
-           'task_scores']
+           'top1_hits', 'top1_scores', 'rank_auc', 'deepfake_scores', 'sentence_errors', 'sentence_scores',
+           'read_predictions', 'group_numbers', 'with_intervals', 'task_numbers', 'task_scores']
 
 # %% ../nbs/19_metrics.ipynb #002
 import math
-from itertools import islice
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import jiwer
 import numpy as np
 import pandas as pd
 import torch
+from scipy.stats import bootstrap
 from torch.nn import functional as F
-from torchmetrics.functional.classification import binary_auroc
 
-from .core import generator
+from .core import InputError, generator
 
 # %% ../nbs/19_metrics.ipynb #005
 def box_mask(
@@ -94,46 +95,79 @@ def synchronisation_hits(
     return found[asked] == asked - offset
 
 # %% ../nbs/19_metrics.ipynb #021
-def round_accuracy(
+def top1_hits(
     predictions: pd.DataFrame, # a row per test clip: round, label, predicted
-) -> pd.Series: # round -> top-1 accuracy
-    "Top-1 accuracy of each round."
-    return (predictions.label == predictions.predicted).groupby(predictions['round'], sort=False).mean()
+) -> pd.DataFrame: # a row per test clip: round, as a number from 0, and hit (bool)
+    "Which clips were recognised."
+    numbers, _ = pd.factorize(predictions['round'])
+    return pd.DataFrame(dict(round=numbers, hit=(predictions.label == predictions.predicted).to_numpy()))
+
+def top1_scores(
+    hits: pd.DataFrame, # as from `top1_hits`
+    counts: np.ndarray, # (n,) how often each clip counts
+) -> dict: # top1
+    "Top-1 accuracy, averaged over the rounds."
+    rounds = hits['round'].to_numpy()
+    clips = np.bincount(rounds, counts)
+    found = np.bincount(rounds, counts*hits.hit.to_numpy())
+    present = clips > 0
+    return dict(top1=np.mean(found[present]/clips[present]))
 
 # %% ../nbs/19_metrics.ipynb #024
+def rank_auc(
+    fake: np.ndarray, # (n,) float64 scores of the fakes
+    real: np.ndarray, # (n',) float64 scores of the real ones
+) -> float: # in 0..1
+    "The chance that a fake scores higher than a real one; ties count half (Mann and Whitney 1947)."
+    real = np.sort(real)
+    below = np.searchsorted(real, fake, 'left')
+    not_above = np.searchsorted(real, fake, 'right')
+    return (below + not_above).mean()/2/len(real)
+
 def deepfake_scores(
     predictions: pd.DataFrame, # a row per video: label, logit
+    counts: np.ndarray | None = None, # (n,) how often each video counts, whole numbers; None: once
 ) -> dict: # auc, log_loss and balanced_60, the balanced accuracy at a probability of 0.6
-    "The numbers of a deepfake detector; without a video of each kind there is no AUC."
-    fake, logit = torch.tensor((predictions.label == 'FAKE').to_numpy()), torch.tensor(predictions.logit.to_numpy(), dtype=torch.float64)
-    with_both = fake.any() and not fake.all()
-    flagged = (logit.sigmoid() > 0.6).double()
-    return dict(auc=float(binary_auroc(logit.sigmoid(), fake.long())) if with_both else math.nan,
-                log_loss=float(F.binary_cross_entropy_with_logits(logit, fake.double())),
-                balanced_60=float(((flagged[fake].mean() + 1 - flagged[~fake].mean())/2)) if with_both else math.nan)
+    "The numbers of a deepfake detector; without a video of each kind there is no AUC and no balanced accuracy."
+    if counts is None: counts = np.ones(len(predictions), int)
+    fake = np.repeat(predictions.label.to_numpy(object) == 'FAKE', counts)
+    logit = np.repeat(predictions.logit.to_numpy(np.float64), counts)
+    scores = dict(auc=math.nan, log_loss=np.logaddexp(0, np.where(fake, -logit, logit)).mean(), balanced_60=math.nan)
+    if fake.any() and not fake.all():
+        flagged = logit > math.log(0.6/0.4)
+        scores['auc'] = rank_auc(logit[fake], logit[~fake])
+        scores['balanced_60'] = (flagged[fake].mean() + 1 - flagged[~fake].mean())/2
+    return scores
 
 # %% ../nbs/19_metrics.ipynb #028
+def _word_errors(
+    said: str,
+    read: str,
+) -> dict: # substitutions, deletions, insertions, words, and of characters errors and characters
+    "What is wrong in one utterance."
+    words, characters = jiwer.process_words(said, read), jiwer.process_characters(said, read)
+    return dict(substitutions=words.substitutions, deletions=words.deletions, insertions=words.insertions,
+                words=words.hits + words.substitutions + words.deletions,
+                character_errors=characters.substitutions + characters.deletions + characters.insertions,
+                characters=characters.hits + characters.substitutions + characters.deletions)
+
 def sentence_errors(
     predictions: pd.DataFrame, # a row per utterance: text, predicted
 ) -> pd.DataFrame: # substitutions, deletions, insertions, words, and of characters errors and characters
     "What is wrong in each utterance, in capitals as LRS2 is written."
-    rows = []
-    for said, read in zip(predictions.text.str.upper(), predictions.predicted.str.upper()):
-        w, c = jiwer.process_words(said, read), jiwer.process_characters(said, read)
-        rows.append(dict(substitutions=w.substitutions, deletions=w.deletions, insertions=w.insertions, words=w.hits + w.substitutions + w.deletions,
-                         character_errors=c.substitutions + c.deletions + c.insertions, characters=c.hits + c.substitutions + c.deletions))
-    return pd.DataFrame(rows, index=predictions.index)
+    pairs = zip(predictions.text.str.upper(), predictions.predicted.str.upper())
+    return pd.DataFrame([_word_errors(*pair) for pair in pairs], index=predictions.index)
 
 def sentence_scores(
     errors: pd.DataFrame, # as from `sentence_errors`
+    counts: np.ndarray | None = None, # (n,) how often each utterance counts; None: once
 ) -> dict: # wer and cer
     "Word and character error rate of all utterances together."
-    total = errors.sum()
-    return dict(wer=(total.substitutions + total.deletions + total.insertions)/total.words, cer=total.character_errors/total.characters)
+    if counts is None: counts = np.ones(len(errors))
+    substitutions, deletions, insertions, words, character_errors, characters = counts @ errors.to_numpy()
+    return dict(wer=(substitutions + deletions + insertions)/words, cer=character_errors/characters)
 
 # %% ../nbs/19_metrics.ipynb #031
-FEWEST = 10 # groups of which a bootstrap may draw
-
 def read_predictions(
     path: str | Path, # a predictions.csv
 ) -> pd.DataFrame: # a row per test clip
@@ -141,25 +175,78 @@ def read_predictions(
     texts = dict.fromkeys(('round', 'clip', 'group', 'label', 'text', 'predicted', 'setting'), str)
     return pd.read_csv(path, dtype=texts, keep_default_na=False)
 
-def drawn(
-    predictions: pd.DataFrame, # a row per test clip and round: clip, group
-    rng: np.random.Generator,
-): # yields arrays of row numbers, without end
-    "Rows of groups, or of clips where there are few groups, drawn with replacement."
-    by = 'group' if predictions.group.nunique() >= FEWEST else 'clip'
-    rows = list(predictions.reset_index(drop=True).groupby(by, sort=False).indices.values())
-    while True: yield np.concatenate([rows[k] for k in rng.integers(len(rows), size=len(rows))])
+def group_numbers(
+    table: pd.DataFrame, # a row per test clip and round: clip, group (empty: none)
+) -> np.ndarray: # (n,) int, from 0
+    "The group of each row; a clip without a group is a group of its own."
+    group, clip = table['group'].astype(object), table['clip'].astype(str)
+    named = group.notna() & (group != '')
+    numbers, _ = pd.factorize(np.where(named, 'group ' + group.astype(str), 'clip ' + clip))
+    return numbers
 
-# %% ../nbs/19_metrics.ipynb #032
-def task_scores(
+# %% ../nbs/19_metrics.ipynb #034
+FEWEST = 10 # groups for an interval: with fewer its coverage falls below 90 % instead of 95
+
+def _interval(
+    statistic: Callable, # how often each group counts (groups,) -> (k,) values
+    groups: int, # how many there are
+    samples: int, # draws
+) -> np.ndarray: # (2, k) low and high
+    "The BCa interval of several values at once; of percentiles where BCa is not defined."
+    def of_draw(drawn): return statistic(np.bincount(drawn, minlength=groups))
+    def of_draws(drawn, axis): return np.moveaxis(np.apply_along_axis(of_draw, axis, drawn), axis, 0)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore') # what is not defined is looked after here
+        found = bootstrap((np.arange(groups),), of_draws, n_resamples=samples, batch=100, vectorized=True,
+                          method='BCa', rng=generator('bootstrap'))
+        percentiles = np.nanquantile(found.bootstrap_distribution, [0.025, 0.975], axis=1)
+    bca = np.stack(found.confidence_interval)
+    return np.where(np.isnan(bca), percentiles, bca)
+
+# %% ../nbs/19_metrics.ipynb #035
+def with_intervals(
+    score: Callable, # (n,) how often each row counts -> metric: value
+    group: np.ndarray, # (n,) number of each row's group
+    samples: int = 2000, # draws of the bootstrap
+) -> pd.DataFrame: # metric (index), value, low and high: its 95 % interval (NaN with fewer than `FEWEST` groups), groups
+    "Metrics with bootstrap intervals, by drawing groups of rows (BCa, Efron 1987)."
+    value = pd.Series(score(np.ones(len(group), int)))
+    groups = group.max() + 1
+    low = high = math.nan
+    if groups >= FEWEST:
+        low, high = _interval(lambda counts: list(score(counts[group]).values()), groups, samples)
+    return pd.DataFrame(dict(value=value, low=low, high=high, groups=groups)).rename_axis('metric')
+
+# %% ../nbs/19_metrics.ipynb #040
+def task_numbers(
     predictions: pd.DataFrame, # a row per test clip, as from `glcm.tasks.finetune.finetune`
-    samples: int = 1000, # draws of the bootstrap
-) -> pd.DataFrame: # metric (index), value, spread: its standard deviation over the rounds, low and high: its 95% interval, clips
-    "The numbers of a task, each with a bootstrap interval and, where there are several rounds, with their spread: top1; or auc, log_loss, balanced_60; or wer, cer."
-    if 'text' in predictions: table, score = sentence_errors(predictions), sentence_scores
-    elif 'logit' in predictions: table, score = predictions, deepfake_scores
-    else: table, score = predictions, lambda rows: dict(top1=round_accuracy(rows).mean())
-    draws = pd.DataFrame([score(table.iloc[rows]) for rows in islice(drawn(predictions, generator('bootstrap')), samples)])
-    each = pd.DataFrame([score(rows) for _, rows in table.groupby(predictions['round'])])
-    about = dict(spread=each.std(), low=draws.quantile(0.025), high=draws.quantile(0.975), clips=predictions['clip'].nunique())
-    return pd.DataFrame(dict(value=score(table)) | about).rename_axis('metric')
+) -> tuple[pd.DataFrame, Callable]: # what each row contributes; what makes metrics of it and of how often each row counts
+    "How a table of predictions is scored: sentences by their text, fakes by their logit, anything else by its label."
+    if 'text' in predictions: return sentence_errors(predictions), sentence_scores
+    if 'logit' in predictions: return predictions, deepfake_scores
+    return top1_hits(predictions), top1_scores
+
+# %% ../nbs/19_metrics.ipynb #041
+def _spread(
+    numbers: pd.DataFrame, # what each row contributes
+    score: Callable, # as from `task_numbers`
+    rounds: pd.Series, # round of each row
+) -> pd.Series: # metric -> standard deviation over the rounds; NaN where there is one
+    "How far the rounds are apart."
+    each = []
+    for name in rounds.unique():
+        own = numbers[(rounds == name).to_numpy()]
+        each.append(score(own, np.ones(len(own), int)))
+    return pd.DataFrame(each).std()
+
+def task_scores(
+    predictions: pd.DataFrame, # a row per test clip: round, clip, group, and label or text with the outcome
+    samples: int = 2000, # draws of the bootstrap
+) -> pd.DataFrame: # metric (index), value, spread: its standard deviation over the rounds, low, high, clips, groups
+    "The numbers of a task: top1; or auc, log_loss, balanced_60; or wer, cer. `low` and `high` as in `with_intervals`."
+    numbers, score = task_numbers(predictions)
+    scores = with_intervals(lambda counts: score(numbers, counts), group_numbers(predictions), samples)
+    scores['spread'] = _spread(numbers, score, predictions['round'])
+    scores['clips'] = predictions['clip'].nunique()
+    return scores[['value', 'spread', 'low', 'high', 'clips', 'groups']]
