@@ -7,8 +7,9 @@ import pytest
 from scipy.stats import bootstrap
 from sklearn.metrics import roc_auc_score
 
-from glcm.core import generator
-from glcm.metrics import FEWEST, deepfake_scores, group_numbers, task_scores, top1_hits, top1_scores, with_intervals
+from glcm.core import InputError, generator
+from glcm.metrics import (FEWEST, deepfake_scores, group_numbers, localization_scores, paired_difference, task_scores, top1_hits, top1_scores,
+                          with_intervals)
 
 
 def answers(hits, group, **columns):
@@ -92,3 +93,90 @@ def test_auc_ranks_logits_that_saturate():
     mixed = table.assign(label=['FAKE', 'REAL', 'REAL', 'FAKE', 'FAKE', 'REAL'])
     assert deepfake_scores(mixed)['auc'] == pytest.approx(roc_auc_score(mixed.label == 'FAKE', logit))
     assert math.isfinite(deepfake_scores(mixed)['log_loss'])
+
+
+def two_variants(rng, groups=16, clips=6, seeds=2, gain=0.06):
+    "Shares of steps found in the clips of some sources, by two variants that mostly agree, each with several seeds."
+    rows = pd.DataFrame(dict(clip=[str(k) for k in range(groups*clips)], group=[f's{k//clips}' for k in range(groups*clips)], offset=0))
+    shared = np.repeat(rng.normal(0.5, 0.2, size=groups), clips) + rng.normal(0, 0.05, size=len(rows))
+    gains = np.repeat(rng.normal(gain, 0.05, size=groups), clips)
+    tables = [[rows.assign(seed=seed, hits=level + rng.normal(0, 0.05, size=len(rows))) for seed in range(seeds)] for level in (shared + gains, shared)]
+    return [pd.concat(table, ignore_index=True) for table in tables]
+
+
+def test_paired_intervals_cover_the_difference_and_are_narrow():
+    rng, sets = np.random.default_rng(0), 100
+    held, certain, overlapping = [], [], []
+    for _ in range(sets):
+        ours, theirs = two_variants(rng)
+        found = paired_difference(ours, theirs, samples=200).loc['synchronisation']
+        held.append(covered(found, 0.06))
+        certain.append(found.low > 0)
+    assert 0.88 <= np.mean(held) <= 0.99 and np.mean(certain) > 0.9
+    alone = [task_scores(table, samples=300).loc['synchronisation'] for table in (ours, theirs)]
+    assert found.high - found.low < 0.5*min(one.high - one.low for one in alone)
+    assert max(one.low for one in alone) < min(one.high for one in alone)  # by overlap, nothing would have been found
+    assert (found.clips, found.groups, found.seeds) == (96, 16, 2)
+
+
+def test_difference_is_that_of_the_means_over_seeds_and_scipys():
+    ours, theirs = two_variants(np.random.default_rng(1))
+    found = paired_difference(ours, theirs, samples=999).loc['synchronisation']
+    assert found.difference == pytest.approx(ours.groupby('seed').hits.mean().mean() - theirs.groupby('seed').hits.mean().mean())
+    by_group = ours.groupby('group').hits.mean() - theirs.groupby('group').hits.mean()
+    order = pd.unique(ours.sort_values('clip').group)  # in which they are numbered
+    reference = bootstrap((by_group[order],), np.mean, n_resamples=999, batch=100, rng=generator('bootstrap')).confidence_interval
+    assert [found.low, found.high] == pytest.approx([reference.low, reference.high], abs=1e-12)
+
+
+@pytest.mark.parametrize('outcome', [dict(label='a', predicted='a'), dict(label='FAKE', logit=2.0), dict(text='SET RED', predicted='SET')])
+def test_identical_predictions_do_not_differ(outcome):
+    table = pd.DataFrame(dict(seed=0, round='a', clip=[str(k) for k in range(12)], group='') | outcome)
+    if 'logit' in outcome: table.loc[:5, 'label'] = 'REAL'
+    found = paired_difference(table, table.iloc[::-1], samples=200)
+    assert (found[['difference', 'low', 'high']] == 0).all(axis=None)
+
+
+def test_metrics_are_differenced_not_clips():
+    "Word error rates of two variants, against a direct computation for each seed."
+    rng = np.random.default_rng(4)
+    words = ['bin', 'blue', 'at', 'f', 'now']
+    said = [' '.join(rng.choice(words, rng.integers(1, 6))) for _ in range(12)]
+    def variant(right):
+        tables = [pd.DataFrame(dict(seed=seed, round='a', clip=[str(k) for k in range(12)], group='', text=said,
+                                    predicted=[' '.join(w if rng.random() < right else 'set' for w in s.split()) for s in said])) for seed in (0, 1)]
+        return pd.concat(tables, ignore_index=True), np.mean([task_scores(t, samples=10).value['wer'] for t in tables])
+    (ours, rate), (theirs, other) = variant(0.9), variant(0.3)
+    found = paired_difference(ours, theirs, samples=300).loc['wer']
+    assert found.difference == pytest.approx(rate - other) and found.low < found.difference < found.high < 0
+
+
+def test_few_groups_have_a_difference_and_no_interval():
+    found = paired_difference(*two_variants(np.random.default_rng(2), groups=FEWEST - 1), samples=100).loc['synchronisation']
+    assert math.isfinite(found.difference) and math.isnan(found.low) and math.isnan(found.high)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda t: t[t.seed == 0], 'only one of two variants has the seed 1'),
+    (lambda t: t.assign(seed=t.seed + 1), r'only one of two variants has the seed 0 \(and 1 more\)'),
+    (lambda t: t[t['clip'] != '7'], 'only one of two variants has the clip 7'),
+    (lambda t: t.drop(index=3), 'only one of two variants has the combination 0, 0, 3 of seed, offset, clip'),
+    (lambda t: t.drop(columns='seed').drop_duplicates('clip'), 'one table has the columns seed, offset, clip, the other offset, clip'),
+    (lambda t: t.assign(group=''), "has the group 's0' with one variant and '' with the other"),
+    (lambda t: pd.concat([t, t]), 'several rows for seed 0, offset 0, clip 0'),
+    (lambda t: t[:0], 'no clips to compare')])
+def test_what_is_not_paired_is_named(change, message):
+    ours, theirs = two_variants(np.random.default_rng(3))
+    with pytest.raises(InputError, match=message): paired_difference(ours, change(theirs))
+
+
+def test_localization_is_scored_as_in_a_loop():
+    rng = np.random.default_rng(5)
+    rows = pd.DataFrame(dict(pointing=rng.random(20) < 0.5, ciou=rng.random(20)))
+    counts = rng.integers(0, 3, size=20)
+    values = [value for value, count in zip(rows.ciou, counts) for _ in range(count)]
+    rates = [sum(value >= k/20 for value in values)/len(values) for k in range(21)]
+    found = localization_scores(rows, counts)
+    assert found['ciou_50'] == pytest.approx(sum(value >= 0.5 for value in values)/len(values))
+    assert found['auc'] == pytest.approx(sum((a + b)/2*0.05 for a, b in zip(rates, rates[1:])))
+    assert found['pointing'] == pytest.approx(sum(rows.pointing*counts)/counts.sum())
