@@ -12,10 +12,12 @@ from torch.nn import functional as F
 
 from glcm.core import InputError, read_params, root
 from glcm.data.shards import ClipStore
+from glcm.encoders import BasicBlock
 from glcm.metrics import deepfake_scores, sentence_errors, sentence_scores, task_scores
 from glcm.model import GLCM
 from glcm.runs import run_config
 from glcm.tasks.classify import Classifier
+from glcm.tasks.features import Features
 from glcm.tasks.finetune import FrozenWindows, finetune, fit, judged, shown
 from glcm.tasks.protocol import LabelledWindows, batches_of, padded, settings_of, task_config
 from glcm.tasks.sentences import CHARACTERS, MARK, SentenceReader, beam_search, spelled
@@ -176,6 +178,55 @@ def test_the_search_finds_the_best_of_all_sentences(ctc):
     for seed in range(12):
         reader = TwoLetters(seed, ctc)
         assert beam_search(reader, torch.zeros(1, 5, 1), 200) == max(every, key=reader.likes)
+
+
+def norm_of_clips(norm, clips, statistics):
+    "Batch norm in training of clips (C, T, h, w) of any length; its statistics are kept under its name."
+    every = torch.cat([x.flatten(1) for x in clips], 1)
+    mean, var = every.mean(1), every.var(1, unbiased=False)
+    statistics[norm] = 0.9*norm.running_mean + 0.1*mean, 0.9*norm.running_var + 0.1*every.var(1)
+    scale, shift = norm.weight/(var + norm.eps).sqrt(), norm.bias
+    return [(x - mean[:, None, None, None])*scale[:, None, None, None] + shift[:, None, None, None] for x in clips]
+
+
+def layer_of_clips(layer, clips, statistics):
+    "What a layer in training makes of clips of different length, each one by itself."
+    if isinstance(layer, torch.nn.BatchNorm3d): return norm_of_clips(layer, clips, statistics)
+    if isinstance(layer, torch.nn.Sequential):
+        for one in layer: clips = layer_of_clips(one, clips, statistics)
+        return clips
+    if isinstance(layer, BasicBlock):
+        inner = layer_of_clips(torch.nn.Sequential(layer.conv1, layer.bn1), clips, statistics)
+        inner = layer_of_clips(torch.nn.Sequential(layer.conv2, layer.bn2), [x.relu() for x in inner], statistics)
+        return [(x + y).relu() for x, y in zip(inner, layer_of_clips(layer.shortcut, clips, statistics))]
+    return [layer(x[None])[0] for x in clips]
+
+
+@pytest.mark.parametrize('name', ['global', 'local'])
+def test_padding_is_not_in_the_batch_statistics(name):
+    "In training, against a loop over the clips in float64: features, running statistics and gradients."
+    lengths = [9, 16, 12, 10]
+    torch.manual_seed(0)
+    network = Features(*new_model(), replace(task_config(PARAMS, 'lrs2'), features=name)).double().train()
+    encoder = network.encoders[name]
+    clips = [torch.randint(0, 256, (3, length, 32, 32), dtype=torch.uint8) for length in lengths]
+    frames = [((clip.double()/255 - network.mean[0])/network.std[0])[:, ::network.stride if name == 'global' else 1] for clip in clips]
+    statistics = {}
+    stages = [encoder.conv1, encoder.bn1, torch.nn.ReLU(), encoder.pool, encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4]
+    wanted = [x.mean((2, 3)) for x in layer_of_clips(torch.nn.Sequential(*stages), frames, statistics)]
+    weights = torch.randn(16, dtype=torch.double)
+    gradient, = torch.autograd.grad(sum((x.sum(0)*weights[:x.shape[1]]).sum() for x in wanted), encoder.conv1.weight)
+
+    batch = torch.stack([F.pad(clip, (0, 0, 0, 0, 0, 16 - clip.shape[1]), value=200) for clip in clips])
+    inputs, length = network.normalized(batch, torch.tensor(lengths)), torch.tensor(lengths)
+    if name == 'global': inputs, length = inputs[:, :, ::network.stride], -(-length//network.stride)
+    features = network.pooled(name, inputs, None, length)
+    for own, alone in zip(features, wanted): assert torch.allclose(own[:, :alone.shape[1]], alone, rtol=0, atol=1e-10)
+    for norm, (mean, var) in statistics.items():
+        assert torch.allclose(norm.running_mean, mean, rtol=0, atol=1e-10) and torch.allclose(norm.running_var, var, rtol=0, atol=1e-10)
+    assert len(statistics) == sum(isinstance(m, torch.nn.BatchNorm3d) for m in encoder.modules())
+    total = sum((own[:, :alone.shape[1]].sum(0)*weights[:alone.shape[1]]).sum() for own, alone in zip(features, wanted))
+    assert torch.allclose(torch.autograd.grad(total, encoder.conv1.weight)[0], gradient, rtol=1e-9, atol=1e-9)
 
 
 def test_features_of_utterances_are_kept_without_their_padding(films):
