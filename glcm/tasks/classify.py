@@ -37,8 +37,10 @@ class Classifier(OnFeatures):
         features: torch.Tensor, # (B, channels, T)
         length: torch.Tensor | None = None, # (B,) steps of each clip; None: all T
     ) -> torch.Tensor: # (B, classes) logits; (B, 1) of being FAKE
-        "What the features say."
-        return self.head(self.norm(clip_mean(features, length)))
+        "What the features say; in float32, whatever the precision of the encoders."
+        with torch.autocast(features.device.type, enabled=False):
+            mean = clip_mean(features.to(self.head.weight.dtype), length)
+            return self.head(self.norm(mean))
 
     def brief(self, features, length): # (B, channels, 1)
         "Their means are enough."
@@ -69,7 +71,7 @@ class Classifier(OnFeatures):
     ) -> dict: # predicted, and confidence or logit
         "What is said of a clip, after all its windows."
         if self.config.target == 'fake':
-            logit = logits.mean().item()
-            return dict(predicted=self.labels[logit > 0], logit=round(logit, 5))
+            logit = logits.double().mean().item()
+            return dict(predicted=self.labels[logit > 0], logit=logit)
         probabilities = logits.softmax(1).mean(0)
         return dict(predicted=self.labels[probabilities.argmax()], confidence=round(probabilities.max().item(), 5))
