@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
 from torch.nn import functional as F
 
-from glcm.core import InputError, read_params, root
+from glcm.core import InputError, generator, read_params, root
 from glcm.data.shards import ClipStore
 from glcm.encoders import BasicBlock
 from glcm.metrics import deepfake_scores, sentence_errors, sentence_scores, task_scores
@@ -18,7 +18,7 @@ from glcm.model import GLCM
 from glcm.runs import run_config
 from glcm.tasks.classify import Classifier
 from glcm.tasks.features import Features
-from glcm.tasks.finetune import FrozenWindows, finetune, fit, judged, shown
+from glcm.tasks.finetune import FrozenWindows, decay_groups, finetune, fit, given, judged, shown
 from glcm.tasks.protocol import LabelledWindows, batches_of, padded, settings_of, task_config
 from glcm.tasks.sentences import CHARACTERS, MARK, SentenceReader, beam_search, spelled
 from glcm.testing import tiny_clips, tiny_params
@@ -129,6 +129,73 @@ def test_videos_are_judged_by_their_mean_logit(films):
             logits = torch.cat([shown(network, batch, torch.device('cpu')) for when in (0.0, 1.0) for batch in batches_of(windows, [[(0, i, when, 0.5)]])])
         assert logits.shape == (2, 1) and outcome['logit'] == pytest.approx(logits.mean().item(), abs=1e-3)
         assert outcome['predicted'] == ('FAKE' if outcome['logit'] > 0 else 'REAL')
+
+
+def test_logits_of_videos_keep_their_digits(films):
+    "With encoders in bfloat16, which has three digits, and for logits at which a sigmoid is 1."
+    c = config(target='fake', precision='bfloat16')
+    network = Classifier(*new_model(), c, []).eval()
+    with torch.no_grad(): network.head.bias.fill_(60)
+    logits = [outcome['logit'] for _, outcome in judged(network, LabelledWindows(films, {}, c, 56, 0), list(range(12)))]
+    assert len(set(logits)) == 12 and min(logits) > 30
+    assert not torch.equal(torch.tensor(logits), torch.tensor(logits).bfloat16().float())
+    table = pd.DataFrame(dict(label=np.where(np.argsort(np.argsort(logits)) < 6, 'REAL', 'FAKE'), logit=logits))
+    assert roc_auc_score(table.label == 'FAKE', table.logit) == 1
+
+
+@pytest.mark.parametrize('task, values', [
+    ('ucf101', {}), ('ucf101', dict(modality='video+audio', frames=8)), ('lrs2', dict(size=16, heads=2, layers=1))])
+def test_weights_decay_and_biases_norms_and_embeddings_do_not(task, values):
+    c = replace(task_config(PARAMS, task), **values)
+    network = (SentenceReader if task == 'lrs2' else Classifier)(*new_model(), c, ['A', 'B'])
+    names = {id(p): name for name, p in network.named_parameters()}
+    decayed, others = ({names[id(p)] for p in group['params']} for group in decay_groups(network, 0.01))
+    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
+    assert decayed | others | frozen == set(names.values()) and not decayed & others
+    kinds = dict(network.named_modules())
+    for name in decayed | others:
+        module, _, end = name.rpartition('.')
+        unmixed = isinstance(kinds[module], torch.nn.modules.batchnorm._BatchNorm | torch.nn.LayerNorm | torch.nn.Embedding)
+        assert (name in others) == (unmixed or end in ('bias', 'in_proj_bias')), name
+
+
+def test_what_does_not_decay_keeps_its_length(films):
+    "A step without a gradient: AdamW shrinks the weights by 1 - lr * weight_decay and nothing else."
+    network = Classifier(*new_model(), config(), ['A', 'B'])
+    before = {name: p.detach().clone() for name, p in network.named_parameters()}
+    for p in network.parameters(): p.grad = torch.zeros_like(p)
+    torch.optim.AdamW(decay_groups(network, 0.5), lr=0.1).step()
+    for name, p in network.named_parameters():
+        factor = 0.95 if p.ndim > 1 else 1
+        assert torch.allclose(p, factor*before[name], rtol=1e-6, atol=0), name
+
+
+def outputs_of_norms(features, batches):
+    "Channel means and variances of what each batch norm of the encoders returns, in evaluation."
+    seen, norms = {}, [m for m in features.encoders.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
+    hooks = [norm.register_forward_hook(lambda norm, _, out: seen.setdefault(norm, []).append(out.transpose(0, 1).flatten(1))) for norm in norms]
+    with torch.no_grad():
+        for inputs in batches: assert torch.isfinite(features(*inputs)).all()
+    for hook in hooks: hook.remove()
+    assert len(seen) == len(norms) > 0
+    every = [torch.cat(parts, 1) for parts in seen.values()]
+    return torch.cat([x.mean(1) for x in every]), torch.cat([x.var(1) for x in every])
+
+
+@pytest.mark.parametrize('values', [
+    {}, dict(features='global'), dict(features='local'), dict(modality='audio'), dict(modality='video+audio'),
+    dict(input='full_frame+attention'), dict(input='full_frame+attention', modality='video+audio')])
+def test_a_probe_of_random_weights_has_normalised_features(films, values):
+    c = replace(config(probe=True, precision='float32', **values), batch=8)
+    network = Classifier(*new_model(), c, ['A', 'B']).eval()
+    windows = LabelledWindows(films, {i: 0 for i in range(8)}, c, 56, 0)
+    keys = [[(0, i, generator(0, 'frozen', 0, i).random(), None) for i in range(8)]]
+    batches = [given(batch, torch.device('cpu')) for batch in batches_of(windows, keys)]
+    _, variance = outputs_of_norms(network.features, batches)
+    assert variance.log().abs().max() > 1  # the statistics of no data
+    FrozenWindows(network, windows, list(range(8)), 0)
+    mean, variance = outputs_of_norms(network.features, batches)
+    assert mean.abs().max() < 0.05 and (variance - 1).abs().max() < 0.1  # running variances are those of a sample, layer after layer
 
 
 @pytest.mark.parametrize('change, message', [
