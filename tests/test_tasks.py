@@ -18,7 +18,7 @@ from glcm.model import GLCM
 from glcm.runs import run_config
 from glcm.tasks.classify import Classifier
 from glcm.tasks.features import Features
-from glcm.tasks.finetune import FrozenWindows, decay_groups, finetune, fit, given, judged, shown
+from glcm.tasks.finetune import FrozenWindows, Unfinished, decay_groups, finetune, fit, given, judged, load_network, shown
 from glcm.tasks.protocol import LabelledWindows, batches_of, padded, settings_of, task_config
 from glcm.tasks.sentences import CHARACTERS, MARK, SentenceReader, beam_search, spelled
 from glcm.testing import tiny_clips, tiny_params
@@ -102,6 +102,73 @@ def test_every_choice_trains_and_tells(films, values):
     table = finetune(*new_model(), films, config(**values), 0)
     assert table['clip'].tolist() == [row['clip'] for row in films.clips if row['split'] == 'test']
     assert set(table.predicted) <= {'A', 'B'} and table.confidence.between(0.5, 1).all()
+
+
+@pytest.fixture
+def three_sides(films):
+    "The same twelve clips: six for training, three for validation, three for the test."
+    films.clips = [row | dict(split=('train', 'validate', 'test', 'train')[k % 4]) for k, row in enumerate(films.clips)]
+    return films
+
+
+CANDIDATES = [dict(lr=1e-6), dict(lr=0.01, epochs=3), dict(frozen=4)]
+
+
+def test_the_best_candidate_on_the_validation_side_is_tested(three_sides, tmp_path):
+    "Each score is what a run with its values alone gets where validation clips are tested; the test is what a run with the best values gets."
+    choosing = replace(config(), choose=CANDIDATES)
+    table = finetune(*new_model(), three_sides, choosing, 0, keep=tmp_path)
+    choices = pd.read_csv(tmp_path/'choices.csv')
+    assert choices.candidate.tolist() == ['lr: 1e-06', 'lr: 0.01, epochs: 3', 'frozen: 4']
+    assert (choices.train == 6).all() and (choices.validate == 3).all() and set(choices.metric) == {'top1'}
+    alone = [finetune(*new_model(), three_sides, replace(one, tested='validate'), 0) for one in choosing.candidates()]
+    assert choices.value.tolist() == [pytest.approx((one.label == one.predicted).mean()) for one in alone]
+    best = choices.value.argmax()
+    assert choices.chosen.tolist() == [k == best for k in range(3)]
+    assert table.equals(finetune(*new_model(), three_sides, choosing.candidates()[best], 0))
+    network, _ = load_network(tmp_path/'test.pt')
+    assert network.config == choosing.candidates()[best]
+
+
+def test_test_clips_choose_nothing(three_sides, tmp_path):
+    "Exchanging the labels of the test clips changes no score of a candidate and no prediction."
+    choosing = replace(config(), choose=CANDIDATES[:2])
+    before = finetune(*new_model(), three_sides, choosing, 0, keep=tmp_path/'before')
+    three_sides.clips = [row | dict(label=dict(A='B', B='A')[row['label']] if row['split'] == 'test' else row['label']) for row in three_sides.clips]
+    after = finetune(*new_model(), three_sides, choosing, 0, keep=tmp_path/'after')
+    assert after.drop(columns='label').equals(before.drop(columns='label')) and not after.label.equals(before.label)
+    assert (tmp_path/'before'/'choices.csv').read_text() == (tmp_path/'after'/'choices.csv').read_text()
+
+
+def test_sentences_are_chosen_by_the_lower_word_error_rate(three_sides, tmp_path):
+    reading = replace(task_config(PARAMS, 'lrs2'), frozen=0, epochs=1, probe=True, batch=3, size=16, heads=2, layers=1, beam=1, choose=[dict(epochs=1), dict(epochs=60, lr=0.01)])
+    finetune(*new_model(), three_sides, reading, 0, keep=tmp_path)
+    choices = pd.read_csv(tmp_path/'choices.csv')
+    assert set(choices.metric) == {'wer'} and choices.value[1] < choices.value[0]
+    assert choices.chosen.tolist() == [False, True]
+
+
+def test_a_run_that_is_cut_between_candidates_resumes_with_the_best_so_far(three_sides, tmp_path):
+    choosing = replace(config(), choose=[dict(lr=0.01, epochs=3), dict(lr=1e-6)])
+    wanted = finetune(*new_model(), three_sides, choosing, 0)
+    state = Unfinished(tmp_path/'state.pt')
+    def save(more, now=False, real=state.save):
+        real(more, now)
+        if len(more()['choices']) == 1: raise KeyboardInterrupt
+    state.save = save
+    with pytest.raises(KeyboardInterrupt): finetune(*new_model(), three_sides, choosing, 0, unfinished=state)
+    left = torch.load(tmp_path/'state.pt', weights_only=True)
+    assert left['choices'][0]['candidate'] == 'lr: 0.01, epochs: 3' and 'best' in left
+    assert finetune(*new_model(), three_sides, choosing, 0, unfinished=Unfinished(tmp_path/'state.pt')).equals(wanted)
+    other = replace(choosing, choose=choosing.choose[::-1])
+    finetune(*new_model(), three_sides, other, 0, unfinished=Unfinished(tmp_path/'state.pt'))
+    assert torch.load(tmp_path/'state.pt', weights_only=True)['choices'][0]['candidate'] == 'lr: 1e-06'  # another run restarts
+
+
+def test_predictions_say_how_many_clips_were_used(films):
+    "A tenth of eight clips of two classes are two: a quarter."
+    table = finetune(*new_model(), films, config(labels=0.1), 0)
+    assert set(zip(table.train, table.available)) == {(2, 8)}
 
 
 def test_loader_processes_change_nothing(films):
