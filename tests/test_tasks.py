@@ -396,6 +396,13 @@ def test_sizes_of_the_paper():
         assert features.shape == (1, 1024, 29) and network(video, None).shape == (1, 500)
 
 
+@pytest.mark.parametrize('name, task, probes', [
+    ('params.yaml', 'lrs2', ['probe']), ('params.yaml', 'grid', ['probe']), ('params.grid.yaml', 'grid', ['probe', 'probe_tenth', 'probe_hundredth'])])
+def test_readers_choose_between_frozen_encoders_first_and_none(name, task, probes):
+    params = read_params(root()/name)
+    assert [bool(c.frozen) for c in task_config(params, task).candidates()] == [True, False]
+    for probe in probes: assert task_config(params, task, probe).choose == []
+
 
 def test_the_full_grids_fit_together():
     "Every task, in every setting, of every variant of the full grids, here and with the paper's values."
