@@ -39,12 +39,11 @@ class Classifier(OnFeatures):
     ) -> torch.Tensor: # (B, classes) logits; (B, 1) of being FAKE
         "What the features say; in float32, whatever the precision of the encoders."
         with torch.autocast(features.device.type, enabled=False):
-            mean = clip_mean(features.to(self.head.weight.dtype), length)
-            return self.head(self.norm(mean))
+            return self.head(self.norm(self.brief(features, length).squeeze(2)))
 
     def brief(self, features, length): # (B, channels, 1)
-        "Their means are enough."
-        return clip_mean(features, length).unsqueeze(2)
+        "Their means are enough; in float32, which a sum over time needs."
+        return clip_mean(features.to(self.head.weight.dtype), length).unsqueeze(2)
 
     def target(
         self,

@@ -106,14 +106,18 @@ class Features(nn.Module):
         self,
         batches: Iterable, # of inputs of the forward pass
     ):
-        "Give the batch norms of the encoders the mean statistics of these batches, in place of those of pretraining."
+        "Give the batch norms of the encoders the mean statistics of these batches, in place of those of pretraining. A batch counts by its clips, or by their frames where their lengths are given."
         norms = [m for m in self.encoders.modules() if isinstance(m, NORM[3] | NORM[1])]
         momentum = {norm: norm.momentum for norm in norms}
-        for norm in norms:
-            norm.reset_running_stats()
-            norm.momentum = None # a mean over all batches
+        for norm in norms: norm.reset_running_stats()
         self.encoders.train()
-        for inputs in batches: self(*inputs)
+        total = 0
+        for video, audio, *length in batches:
+            count = len(audio if video is None else video)
+            if length and length[0] is not None: count = int(length[0].sum())
+            total += count
+            for norm in norms: norm.momentum = count/total # a mean over all batches
+            self(video, audio, *length)
         for norm in norms: norm.momentum = momentum[norm]
         self.freeze(self.frozen)
 

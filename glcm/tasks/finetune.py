@@ -80,7 +80,8 @@ class FrozenWindows(Dataset):
     ):
         self.targets, self.features, device = windows.targets, {}, next(network.parameters()).device
         steps = {i: network.config.frames or windows.store.clips[i]['steps'] for i in clips}
-        by_length, size = sorted(clips, key=steps.get), network.config.batch
+        shuffled = generator(seed, 'frozen').permutation(clips).tolist() # datasets list their clips class by class
+        by_length, size = sorted(shuffled, key=steps.get), network.config.batch
         keys = [[(view, i, generator(seed, 'frozen', view, i).random(), None) for i in by_length[k:k + size]] for view in range(VIEWS) for k in range(0, len(clips), size)]
         network.eval()
         with torch.no_grad(), reduced_precision(device, network.config.precision):
