@@ -63,7 +63,7 @@ print(float((conv.weight.grad - wanted).norm()/wanted.norm()))
 
 @pytest.mark.parametrize('instructions', INSTRUCTIONS)
 def test_training_in_bfloat16(instructions):
-    "Three steps of the default network: no crash, and the losses of float32 within the rounding of bfloat16."
+    "Two steps of the default network: no crash, and the losses of float32 within the rounding of bfloat16."
     code = '''
 import torch
 from glcm.core import override, read_params
@@ -71,14 +71,14 @@ from glcm.model import GLCM
 from glcm.runs import run_config
 from glcm.train import training_step
 for precision in ('float32', 'bfloat16'):
-    config = run_config(override(read_params(), dict(pretrain=dict(batch=3, precision=precision)), 'the test'), 'glcm', 0)
+    config = run_config(override(read_params(), dict(pretrain=dict(batch=2, precision=precision)), 'the test'), 'glcm', 0)
     torch.manual_seed(0)
     model = GLCM(config.model).to(memory_format=torch.channels_last_3d).train()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
     frames, side = config.views.frames, config.views.crop
-    batch = dict(planes=torch.randint(0, 256, (3, frames, side*3//2, side), dtype=torch.uint8), audio=torch.randn(3, 80, 12*frames),
-                 shift=torch.zeros(3, dtype=torch.long), clip=list('abc'))
-    print(*(training_step(model, optimizer, batch, config, step, torch.device('cpu'))['loss'] for step in range(3)))
+    batch = dict(planes=torch.randint(0, 256, (2, frames, side*3//2, side), dtype=torch.uint8), audio=torch.randn(2, 80, 12*frames),
+                 shift=torch.zeros(2, dtype=torch.long), clip=list('ab'))
+    print(*(training_step(model, optimizer, batch, config, step, torch.device('cpu'))['loss'] for step in range(2)))
 '''
     done = run(instructions, '-c', code)
     assert done.returncode == 0, done.stderr[-500:]
