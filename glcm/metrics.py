@@ -234,7 +234,7 @@ def group_numbers(
     return numbers
 
 # %% ../nbs/19_metrics.ipynb #039
-FEWEST = 10 # groups for an interval: with fewer its coverage falls below 90 % instead of 95
+FEWEST = 10 # groups for an interval: of ten it covers about 90 % instead of 95, of fewer less and less
 
 def _interval(
     statistic: Callable, # how often each group counts (groups,) -> (k,) values
