@@ -150,9 +150,18 @@ def test_parameters_of_the_paper_are_the_papers():
     assert (config.loss.negatives, config.model.pooling, config.loss.local_weight) == ('world', 'attention', 1.0)
 
 
+def test_k_av_15k_has_15000_clips_of_the_papers_240000():
+    params = read_params(root()/'params.paper.yaml')
+    assert [run_config(params, variant, 0).pretrain.clips for variant in ('glcm', 'glcm_15k', 'glcm_15k_no_mil')] == [None, 15_000, 15_000]
+    assert not run_config(params, 'glcm_15k_no_mil', 0).loss.mil
+    assert run_config(params, 'glcm_kinetics', 0).pretrain.datasets == ['kinetics700']
+
+
 @pytest.mark.parametrize('variant, changed', [
-    ('glcm_no_local', {'loss.local_weight': 0.0}), ('glcm_no_mil', {'loss.mil': False}), ('glcm_mean_pool', {'model.pooling': 'mean'})])
-def test_ablations_change_one_thing(variant, changed):
+    ('glcm_no_local', {'loss.local_weight': 0.0}), ('glcm_no_mil', {'loss.mil': False}), ('glcm_mean_pool', {'model.pooling': 'mean'}),
+    ('glcm_15k', {'pretrain.clips': 54}), ('glcm_15k_no_mil', {'pretrain.clips': 54, 'loss.mil': False}),
+    ('glcm_kinetics', {'pretrain.datasets': ['kinetics700']})])
+def test_ablations_change_what_their_names_say(variant, changed):
     assert differences(variant) == changed
 
 
