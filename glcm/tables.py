@@ -4,22 +4,24 @@
 
 # %% auto #0
 __all__ = ['MAIN', 'TASK_COLUMNS', 'COLUMNS', 'ROWS', 'BASES', 'UNTRAINED', 'PAIR', 'DIFFERENCE_COLUMNS', 'TASKS', 'SETTINGS',
-           'FEW', 'TITLES', 'INPUTS', 'PAPER_METRICS', 'ROW', 'GROUPS', 'read_cell', 'cell_metrics', 'baseline_metrics',
-           'grid_predictions', 'input_name', 'share_of_labels', 'task_metrics', 'markdown_table', 'mean_of_seeds',
-           'results_table', 'changed_variant', 'compared_with', 'grid_localization', 'variant_differences', 'measured',
-           'row_name', 'main_metrics', 'heading', 'tasks_table', 'difference_cell', 'pair_name', 'differences_table',
-           'worth_of_pretraining', 'write_between_marks', 'study_table', 'write_tables', 'read_reported', 'read_layout',
-           'with_arrow', 'measured_cell', 'paper_table', 'tested_on', 'remarks', 'printed_only', 'paper_tables']
+           'FEW', 'TITLES', 'INPUTS', 'PAPER_METRICS', 'ROW', 'GROUPS', 'read_cell', 'read_localized', 'cell_metrics',
+           'baseline_metrics', 'grid_predictions', 'input_name', 'share_of_labels', 'task_metrics', 'markdown_table',
+           'mean_of_seeds', 'results_table', 'changed_variant', 'compared_with', 'grid_localization',
+           'variant_differences', 'measured', 'row_name', 'main_metrics', 'heading', 'tasks_table', 'difference_cell',
+           'pair_name', 'pairs_table', 'differences_table', 'worth_of_pretraining', 'write_between_marks',
+           'study_table', 'write_tables', 'read_reported', 'read_layout', 'with_arrow', 'measured_cell', 'paper_table',
+           'tested_on', 'remarks', 'printed_only', 'paper_tables']
 
 # %% ../nbs/27_tables.ipynb #002
 import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from .core import InputError, atomic_path
-from .metrics import paired_difference, read_predictions, task_scores
+from .metrics import paired_difference, read_predictions, synchronisation_scores, task_scores
 from .tasks.localize import summarise
 from .tasks.protocol import TaskConfig, task_config
 
@@ -32,21 +34,24 @@ def read_cell(
     return folder
 
 # %% ../nbs/27_tables.ipynb #007
+def read_localized(
+    folder: Path, # of a cell of the grid, as from the localize stage
+) -> tuple[pd.DataFrame, pd.DataFrame]: # scores of each clip and method, none without boxes; synchronisation of each clip and offset
+    "What the localize stage has left; raises `InputError` where it was not run."
+    texts = dict(clip=str, group=str)
+    scores, synchronisation = (pd.read_csv(read_cell(folder)/f'{name}.csv', dtype=texts) for name in ('scores', 'synchronisation'))
+    return scores, synchronisation
+
 def cell_metrics(
     artifacts: Path, # folder of the stages' outputs
     variant: str,
     seed: int,
 ) -> dict: # metric -> value
     "What needed no training, of one cell of the grid; raises `InputError` where it was not run."
-    folder = read_cell(artifacts/'localize'/f'{variant}-{seed}')
+    scores, synchronisation = read_localized(artifacts/'localize'/f'{variant}-{seed}')
     metrics = dict(variant=variant, seed=seed)
-    if (folder/'scores.csv').exists():
-        metrics |= summarise(pd.read_csv(folder/'scores.csv')).loc['model']
-    sync = pd.read_csv(folder/'synchronisation.csv')
-    together = sync.offset == 0
-    metrics['synchronisation'] = sync[together].hits.mean()
-    metrics['synchronisation_shifted'] = sync[~together].hits.mean()
-    return metrics
+    if len(scores): metrics |= summarise(scores).loc['model']
+    return metrics | synchronisation_scores(synchronisation, np.ones(len(synchronisation)))
 
 def baseline_metrics(
     artifacts: Path, # folder of the stages' outputs
@@ -54,9 +59,9 @@ def baseline_metrics(
     seed: int,
 ) -> pd.DataFrame: # variant and the columns of `glcm.tasks.localize.summarise`; empty without boxes
     "The localization baselines, in the form of the other table; they are the same for all variants."
-    path = read_cell(artifacts/'localize'/f'{variant}-{seed}')/'scores.csv'
-    if not path.exists(): return pd.DataFrame(columns=['variant'])
-    return summarise(pd.read_csv(path)).drop('model').rename_axis('variant').reset_index()
+    scores, _ = read_localized(artifacts/'localize'/f'{variant}-{seed}')
+    table = summarise(scores)
+    return table[table.index != 'model'].rename_axis('variant').reset_index()
 
 # %% ../nbs/27_tables.ipynb #010
 MAIN = dict(top1='top-1', auc='AUC', wer='WER ↓') # metric by which a task is compared -> its name
@@ -114,7 +119,7 @@ COLUMNS = dict(
     pointing='pointing game',
     ciou_50='cIoU@0.5',
     auc='AUC',
-    ciou_50_median='cIoU@0.5, median cut',
+    ciou_median='cIoU@0.5, median cut',
     auc_median='AUC, median cut',
     synchronisation='sync. top-1',
     synchronisation_shifted='sync., sound cut apart',
@@ -159,7 +164,7 @@ def results_table(
     "What needed no training, and the first number of each task; below it, what pretraining is worth."
     folder = Path(folder)
     table = pd.concat([pd.read_csv(folder/name) for name in ('metrics.csv', 'baselines.csv')])
-    columns = [column for column in COLUMNS if column in table]
+    columns = [column for column in COLUMNS if column in table and table[column].notna().any()]
     rows = []
     for variant, own in table.groupby('variant', sort=False):
         rows.append([ROWS.get(variant, variant)] + [mean_of_seeds(own[column]) for column in columns])
@@ -208,15 +213,14 @@ def grid_localization(
     "What was measured without training, clip by clip; without boxes that is synchronisation alone."
     found = {}
     for variant in grid['variants']:
-        tables = dict(localization=[], synchronisation=[])
+        localized, synchronised = [], []
         for seed in grid['seeds']:
-            folder = read_cell(artifacts/'localize'/f'{variant}-{seed}')
-            tables['synchronisation'].append(pd.read_csv(folder/'synchronisation.csv').assign(seed=seed))
-            if (folder/'scores.csv').exists():
-                scores = pd.read_csv(folder/'scores.csv').assign(seed=seed)
-                tables['localization'].append(scores[scores.method == 'model'])
-        for task, parts in tables.items():
-            if parts: found[variant, task, 'plain'] = pd.concat(parts)
+            scores, synchronisation = read_localized(artifacts/'localize'/f'{variant}-{seed}')
+            localized.append(scores[scores.method == 'model'].assign(seed=seed))
+            synchronised.append(synchronisation.assign(seed=seed))
+        for task, tables in zip(UNTRAINED, (localized, synchronised)):
+            table = pd.concat(tables)
+            if len(table): found[variant, task, 'plain'] = table
     return found
 
 # %% ../nbs/27_tables.ipynb #024
@@ -322,14 +326,13 @@ def pair_name(
     if setting == against_setting: return row_name(f'{ours} minus {theirs}', setting, labels)
     return f'{row_name(ours, setting, labels)}, minus {BASES[setting][1]}'
 
-def differences_table(
+def pairs_table(
     differences: pd.DataFrame, # as from `variant_differences`
 ) -> str: # Markdown, in percentage points
-    "By how much variants and settings differ, one row for each two of them."
-    shown = differences[differences.metric.isin([*MAIN, *COLUMNS])]
-    columns = list(shown[['task', 'metric']].drop_duplicates().itertuples(index=False, name=None))
+    "One row for each two that are compared, one column for each task and metric."
+    columns = list(differences[['task', 'metric']].drop_duplicates().itertuples(index=False, name=None))
     rows = []
-    for pair, own in shown.groupby(PAIR, sort=False):
+    for pair, own in differences.groupby(PAIR, sort=False):
         row = [pair_name(*pair)]
         for task, metric in columns:
             found = own[(own.task == task) & (own.metric == metric)]
@@ -337,6 +340,14 @@ def differences_table(
         rows.append(row)
     names = [COLUMNS[metric] if task in UNTRAINED else heading(task, metric) for task, metric in columns]
     return '\n'.join(markdown_table(names, rows))
+
+def differences_table(
+    differences: pd.DataFrame, # as from `variant_differences`
+) -> str: # Markdown, in percentage points
+    "By how much variants and settings differ: a table of what needed no training, and one of the tasks."
+    shown = differences[differences.metric.isin([*MAIN, *COLUMNS])]
+    untrained = shown.task.isin(UNTRAINED)
+    return '\n\n'.join(pairs_table(part) for part in (shown[untrained], shown[~untrained]) if len(part))
 
 # %% ../nbs/27_tables.ipynb #034
 def worth_of_pretraining(
