@@ -29,6 +29,18 @@ def test_seeds_study_has_three_seeds_and_reaches_its_goals():
     for measure in ('pointing', 'ciou_50', 'auc'): assert glcm[measure].min() > baselines[measure].max()
 
 
+SEEDS = ROOT/'results'/'seeds'/'differences.csv'
+
+
+@pytest.mark.skipif(not SEEDS.exists(), reason='the seeds study has no differences yet (make seeds)')
+@pytest.mark.parametrize('metric', ['pointing', 'synchronisation'])
+def test_pretraining_is_told_from_random_weights_clip_by_clip(metric):
+    "The whole interval of the paired difference is above zero."
+    differences = pd.read_csv(SEEDS).set_index(['variant', 'against', 'metric'])
+    row = differences.loc[('glcm', 'scratch', metric)]
+    assert row.seeds == 3 and 0 < row.low < row.difference < row.high
+
+
 @pytest.mark.parametrize('link', sorted(set(re.findall(r'\]\(([^)#]+)\)', README))))
 def test_links_lead_somewhere(link):
     assert (ROOT/link).exists()
