@@ -394,6 +394,28 @@ def _rejections(
     for outcome in outcomes: rows += outcome['rejected']
     return pd.DataFrame(rows, columns=['clip', 'reason', 'detail'])
 
+# %% ../../nbs/10_data.preprocess.ipynb #5bebf936
+def _decode_clips(
+    rows: pd.DataFrame, # of the catalogue, in their order
+    wanted: int, # number of clips
+    folder: Path, # where the dataset's files are
+    settings: Settings, # how clips are stored
+    kept: Path, # folder for the outcomes
+    config: PreprocessConfig, # executor and time limit
+) -> tuple: # list of `Block`, list of their outcomes
+    "Decode rows in portions until enough clips are accepted; ends early when too many are rejected."
+    blocks, outcomes, tried, accepted = [], [], 0, 0
+    with workers(config.executor) as (pool, cores):
+        while accepted < wanted and tried < len(rows):
+            rejected = tried - accepted
+            if rejected > settings.clip.max_rejected*(wanted + rejected): break
+            portion = blocks_of(rows, folder, settings, kept, tried, wanted - accepted)
+            blocks += portion
+            outcomes += _decode(portion, folder.resolve(), settings, config.time_limit, pool, cores)
+            tried += sum(len(block.rows) for block in portion)
+            accepted = sum(len(outcome['rows']) for outcome in outcomes)
+    return blocks, _first_clips(blocks, outcomes, wanted)
+
 # %% ../../nbs/10_data.preprocess.ipynb #024
 def _link(source: Path, target: Path):
     "The same file under a second name, or a copy where the file system has no links."
@@ -450,19 +472,13 @@ def preprocess(
     if settings.sound_only and not clip.sound: raise InputError(f'{folder} holds nothing but sound: sound: false leaves nothing of it')
     rows = training_order(catalogue) if clip.clips else catalogue
     if rows.empty: raise InputError(f'{folder} lists no clips for training, of which {clip.clips} are wanted')
-    wanted, blocks, outcomes, tried, accepted = clip.clips or len(rows), [], [], 0, 0
-    with workers(config.executor) as (pool, cores):
-        while accepted < wanted and tried < len(rows) and tried - accepted <= clip.max_rejected*(wanted + tried - accepted):
-            portion = blocks_of(rows, Path(folder), settings, kept, tried, wanted - accepted)
-            blocks += portion
-            outcomes += _decode(portion, Path(folder).resolve(), settings, config.time_limit, pool, cores)
-            tried += sum(len(block.rows) for block in portion)
-            accepted = sum(len(outcome['rows']) for outcome in outcomes)
-    outcomes = _first_clips(blocks, outcomes, wanted)
+    wanted = clip.clips or len(rows)
+    blocks, outcomes = _decode_clips(rows, wanted, Path(folder), settings, kept, config)
     rejected = _rejections(outcomes, catalogue if clip.clips else rows[:0])
     accepted = sum(len(outcome['rows']) for outcome in outcomes)
     _refuse_if_too_many(rejected, accepted + len(rejected), clip.max_rejected, kept/'rejected.csv')
-    if clip.clips and accepted < wanted: warnings.warn(f'{folder}: {accepted} clips stored of {wanted} that are wanted; no other training clips are listed')
+    if clip.clips and accepted < wanted:
+        warnings.warn(f'{folder}: {accepted} clips stored of {wanted} that are wanted; no other training clips are listed')
     about = dict(fps=clip.fps, bands=audio.bands, columns_per_second=audio.sample_rate/audio.hop) | asdict(store)
     _assemble(out, kept/'whole', blocks, outcomes, about, rejected)
     shutil.rmtree(kept, ignore_errors=True)
