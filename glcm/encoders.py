@@ -8,7 +8,7 @@ __all__ = ['CONV', 'NORM', 'POOL', 'SPATIAL_STAGES', 'TEMPORAL_STAGES', 'STAGES'
            'reset_batchnorm_statistics']
 
 # %% ../nbs/12_encoders.ipynb #002
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 
 import torch
@@ -167,7 +167,9 @@ def audio_resnet18(
 @torch.no_grad()
 def reset_batchnorm_statistics(
     network: nn.Module, # whose batch norms forget what they have seen
-    batches: Iterable, # of inputs of `network`, a tuple each
+    batches: Iterable, # of inputs of `forward`, a tuple each
+    forward: Callable | None = None, # what runs the network on a batch; None: the network itself
+    count: Callable = lambda *batch: len(batch[0]), # how much a batch counts; default: its clips
 ):
     "Replace the running statistics of all batch norms by their mean over these batches; the weights stay as they are."
     norms = [module for module in network.modules() if isinstance(module, _BatchNorm)]
@@ -175,8 +177,11 @@ def reset_batchnorm_statistics(
     training = [(module, module.training) for module in network.modules()]
     for norm in norms:
         norm.reset_running_stats()
-        norm.momentum = None # the mean over all batches
         norm.train()
-    for batch in batches: network(*batch)
+    total = 0
+    for batch in batches:
+        total += count(*batch)
+        for norm in norms: norm.momentum = count(*batch)/total # so that it becomes the mean over all batches
+        (forward or network)(*batch)
     for norm, value in zip(norms, momentum): norm.momentum = value
     for module, mode in training: module.training = mode

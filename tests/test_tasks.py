@@ -258,7 +258,7 @@ class DarkAndBright(torch.utils.data.Dataset):
         return dict(clip=key[1], target=torch.tensor(self.targets[key[1]]), planes=(noise + (70 if key[1] < 16 else 180)).to(torch.uint8))
 
 
-def test_frozen_encoders_settle_on_mixed_batches():
+def test_frozen_encoders_take_statistics_of_mixed_batches():
     "The variance of the first layer is that of all clips, not that inside of a class."
     network = Classifier(*new_model(), config(probe=True, precision='float32', features='local'), ['A', 'B'])
     windows = DarkAndBright()
@@ -266,8 +266,8 @@ def test_frozen_encoders_settle_on_mixed_batches():
     every = padded([windows[0, i] for i in range(32)])
     with torch.no_grad(): seen = network.features.encoders['local'].conv1(network.features.normalized(given(every, torch.device('cpu'))[0], None))
     inside = torch.stack([seen[:16].var((0, 2, 3, 4)), seen[16:].var((0, 2, 3, 4))]).mean(0)
-    settled, total = network.features.encoders['local'].bn1.running_var, seen.var((0, 2, 3, 4))
-    assert ((settled - inside)/(total - inside)).median() > 0.6  # batches of four: three quarters on average; 0 where a batch has one class
+    running, total = network.features.encoders['local'].bn1.running_var, seen.var((0, 2, 3, 4))
+    assert ((running - inside)/(total - inside)).median() > 0.6  # batches of four: three quarters on average; 0 where a batch has one class
     assert torch.allclose(network.features.encoders['local'].bn1.running_mean, seen.mean((0, 2, 3, 4)), atol=1e-4)
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from ..attention import attention_map, attention_pool, mean_pool
 from ..core import InputError
-from ..encoders import CONV, NORM, POOL
+from ..encoders import CONV, NORM, POOL, reset_batchnorm_statistics
 from ..model import GLCM
 from ..runs import RunConfig
 from .protocol import TaskConfig
@@ -79,6 +79,11 @@ def unpadded(
         for hook in hooks: hook.remove()
 
 # %% ../../nbs/22_tasks.features.ipynb #008
+def _clips_or_frames(video, audio, length=None) -> int:
+    "How much a batch counts: by its clips, or by their frames where their lengths are given."
+    if length is not None: return int(length.sum())
+    return len(audio if video is None else video)
+
 class Features(nn.Module):
     "The encoders of a pretrained model as a sequence of features: (B, channels, T)."
     def __init__(self, model: GLCM, run: RunConfig, config: TaskConfig):
@@ -101,25 +106,12 @@ class Features(nn.Module):
         self.frozen = frozen
         self.encoders.requires_grad_(not frozen).train(self.training and not frozen)
 
-    @torch.no_grad()
-    def settle(
+    def reset_statistics(
         self,
         batches: Iterable, # of inputs of the forward pass
     ):
-        "Give the batch norms of the encoders the mean statistics of these batches, in place of those of pretraining. A batch counts by its clips, or by their frames where their lengths are given."
-        norms = [m for m in self.encoders.modules() if isinstance(m, NORM[3] | NORM[1])]
-        momentum = {norm: norm.momentum for norm in norms}
-        for norm in norms: norm.reset_running_stats()
-        self.encoders.train()
-        total = 0
-        for video, audio, *length in batches:
-            count = len(audio if video is None else video)
-            if length and length[0] is not None: count = int(length[0].sum())
-            total += count
-            for norm in norms: norm.momentum = count/total # a mean over all batches
-            self(video, audio, *length)
-        for norm in norms: norm.momentum = momentum[norm]
-        self.freeze(self.frozen)
+        "Give the encoders' batch norms the mean statistics of these batches, in place of those of pretraining."
+        reset_batchnorm_statistics(self.encoders, batches, self, _clips_or_frames)
 
     def train(self, mode: bool = True):
         "The copy that attends is never in training, and frozen encoders are not."

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from ..core import InputError, atomic_path, generator, parse, progress, seed_everything
 from ..data.shards import ClipStore
 from ..data.video import to_rgb
-from ..metrics import deepfake_scores, round_accuracy, sentence_errors, sentence_scores
+from ..metrics import deepfake_scores, sentence_errors, sentence_scores
 from ..model import GLCM
 from ..runs import CODE, RunConfig, code_hash, data_hash, read_state, with_weights
 from .classify import Classifier
@@ -69,7 +69,7 @@ def shown(
 VIEWS = 2 # windows of each clip that frozen encoders see
 
 class FrozenWindows(Dataset):
-    "What frozen encoders, settled on these clips, say of windows: (epoch, clip, ...) -> clip, target and features (channels, T) on the CPU, of `VIEWS` windows of each clip in turn. Raises `InputError` where they do not fit into half of the memory."
+    "What frozen encoders, with the statistics of these clips, say of windows: (epoch, clip, ...) -> clip, target and features (channels, T) on the CPU, of `VIEWS` windows of each clip in turn. Raises `InputError` where they do not fit into half of the memory."
     def __init__(
         self,
         network: nn.Module, # with `config`, `features` and `brief`
@@ -85,7 +85,7 @@ class FrozenWindows(Dataset):
         keys = [[(view, i, generator(seed, 'frozen', view, i).random(), None) for i in by_length[k:k + size]] for view in range(VIEWS) for k in range(0, len(clips), size)]
         network.eval()
         with torch.no_grad(), reduced_precision(device, network.config.precision):
-            network.features.settle(given(batch, device) for batch in batches_of(windows, keys[:len(keys)//VIEWS], workers))
+            network.features.reset_statistics(given(batch, device) for batch in batches_of(windows, keys[:len(keys)//VIEWS], workers))
             for key, batch in zip(keys, progress(batches_of(windows, keys, workers), 'features', len(keys))):
                 features = network.brief(network.features(*given(batch, device)), batch['length'].to(device) if 'length' in batch else None).cpu()
                 kept = [min(features.shape[2], steps[i]) for _, i, *_ in key]
@@ -229,7 +229,7 @@ def validation_score(
     "Top-1 accuracy, AUC or word error rate, as `COMPARED` says."
     if target == 'text': return float(sentence_scores(sentence_errors(predictions))['wer'])
     if target == 'fake': return float(deepfake_scores(predictions)['auc'])
-    return float(round_accuracy(predictions).mean())
+    return float((predictions.label == predictions.predicted).mean())
 
 def best_candidate(
     tried: list[dict], # candidates with metric and value
