@@ -125,8 +125,12 @@ def test_released_at_the_size_of_the_paper():
 
 
 def test_files_share_their_variants():
+    "All but the numbers of clips, which are those of a file's data."
     first, *others = (read_params(root()/file)['variants'] for file in FILES)
-    for variants in others: assert variants == first
+    for variants in others:
+        same = [name for name in variants if '15k' not in name]
+        assert {'glcm', 'glcm_no_local', 'glcm_no_mil', 'paper', 'released', 'scratch'} <= set(same)
+        assert {name: variants[name] for name in same} == {name: first[name] for name in same}
 
 
 def names(params):
