@@ -109,7 +109,8 @@ def _used_in_pretraining(
     if store.folder.name not in names: return set()
     if config.pretrain.clips is None: return set(store.select(split='train'))
     stores = [store if name == store.folder.name else ClipStore(store.folder.parent/name) for name in names]
-    return {i for owner, i in training_clips(stores, config.pretrain.clips) if owner is store}
+    recordings = training_clips(stores, config.pretrain.clips)
+    return {i for copies in recordings for owner, i in copies if owner is store}
 
 def evaluation_clips(
     store: ClipStore,
