@@ -7,6 +7,7 @@ __all__ = ['ENVIRONMENT', 'StageDied', 'run_stage', 'main']
 
 # %% ../nbs/30_stage.ipynb #002
 import argparse
+import logging
 import os
 import sys
 from pathlib import Path
@@ -54,6 +55,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument('output', help='where the executed notebook goes')
     parser.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='a parameter of the notebook')
     given = parser.parse_args(arguments)
+    logging.basicConfig(level='INFO', format='%(message)s') # what the notebook prints, while it runs
     parameters = {name: int(value) if value.isdecimal() else value for name, value in given.p}
     try: run_stage(given.notebook, given.output, parameters)
     except StageDied as e: sys.exit(str(e))
