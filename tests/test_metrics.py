@@ -172,11 +172,12 @@ def test_what_is_not_paired_is_named(change, message):
 
 def test_localization_is_scored_as_in_a_loop():
     rng = np.random.default_rng(5)
-    rows = pd.DataFrame(dict(pointing=rng.random(20) < 0.5, ciou=rng.random(20)))
+    rows = pd.DataFrame(dict(pointing=rng.random(20) < 0.5, ciou=rng.random(20), ciou_median=rng.random(20)))
     counts = rng.integers(0, 3, size=20)
-    values = [value for value, count in zip(rows.ciou, counts) for _ in range(count)]
-    rates = [sum(value >= k/20 for value in values)/len(values) for k in range(21)]
     found = localization_scores(rows, counts)
-    assert found['ciou_50'] == pytest.approx(sum(value >= 0.5 for value in values)/len(values))
-    assert found['auc'] == pytest.approx(sum((a + b)/2*0.05 for a, b in zip(rates, rates[1:])))
+    for column, share, area in ('ciou', 'ciou_50', 'auc'), ('ciou_median', 'ciou_median', 'auc_median'):
+        values = [value for value, count in zip(rows[column], counts) for _ in range(count)]
+        rates = [sum(value >= k/20 for value in values)/len(values) for k in range(21)]
+        assert found[share] == pytest.approx(sum(value >= 0.5 for value in values)/len(values))
+        assert found[area] == pytest.approx(sum((a + b)/2*0.05 for a, b in zip(rates, rates[1:])))
     assert found['pointing'] == pytest.approx(sum(rows.pointing*counts)/counts.sum())
