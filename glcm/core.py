@@ -134,13 +134,19 @@ def atomic_path(
 # %% ../nbs/00_core.ipynb #024
 def inside(
     folder: str | Path, # the folder that must not be left
-    name: str | Path, # a relative path, as found in a file
-) -> Path: # folder/name
-    "`folder/name`, or an `InputError` if that would lie outside of `folder`, symbolic links followed."
-    path = Path(folder)/name
-    if not path.resolve().is_relative_to(Path(folder).resolve()):
-        raise InputError(f'{str(name)!r} points outside of {folder}')
-    return path
+    name: str | Path, # a path as found in a file: relative, or absolute and below `folder`
+) -> Path: # folder/name, without `..`
+    "`folder/name`, or an `InputError` if `name`, as it is written, leads out of `folder`; symbolic links are followed."
+    path, written = Path(folder), os.fspath(name)
+    name = written
+    if '\0' in name: raise InputError(f'{name!r} is no name of a file')
+    if os.path.isabs(name): # may be written with the folder's own links, or without
+        homes = [os.path.abspath(path), os.path.realpath(path)]
+        home = next((h for h in homes if Path(os.path.normpath(name)).is_relative_to(h)), homes[0])
+        name = os.path.relpath(name, home)
+    name = os.path.normpath(name)
+    if name.split(os.sep)[0] == os.pardir: raise InputError(f'{written!r} points outside of {folder}')
+    return path/name
 
 # %% ../nbs/00_core.ipynb #027
 def progress(

@@ -41,15 +41,15 @@ def lrw(
     rows, middle = [], FRAMES/FPS/2
     for word in listing(folder/base):
         for part, split in SPLITS.items():
-            for file in listing(folder/base/word/part, ('.mp4',)):
+            for file in listing(folder/base/word/part, VIDEO):
                 place = f'{base}{word}/{part}/{file}'
-                row = dict(clip=f'{split}_{file[:-4]}', path=place, label=word, text=word, split=split)
+                row = dict(clip=f'{split}_{Path(file).stem}', path=place, label=word, text=word, split=split)
                 try:
                     half = min(word_duration((folder/place).with_suffix('.txt'))/2, middle)
                     row['words'] = [[word, round(middle - half, 5), round(middle + half, 5)]]
                 except InputError as e: row['problem'] = because(e, folder)
                 rows.append(row)
-    return as_table(rows)
+    return as_table(rows, folder)
 
 # %% ../../nbs/07_data.benchmarks.ipynb #009
 def transcript(
@@ -108,7 +108,7 @@ def lrs2(
         for row in clips:
             if 'group' in row: add_transcript(row, folder, texts[row['group']])
         rows += clips
-    return as_table(rows)
+    return as_table(rows, folder)
 
 # %% ../../nbs/07_data.benchmarks.ipynb #014
 UNITS = 25000 # of an alignment, per second
@@ -169,7 +169,7 @@ def grid(
     folder: Path, # folders of speakers, or video/ and align/ of one
 ) -> pd.DataFrame: # the catalogue, a sentence in each row; without an alignment, no text
     "GRID (Cooke et al. 2006): read sentences of six words."
-    return as_table([row for row, _ in _recordings(folder)])
+    return as_table([row for row, _ in _recordings(folder)], folder)
 
 # %% ../../nbs/07_data.benchmarks.ipynb #019
 def window(
@@ -193,7 +193,7 @@ def grid_words(
             times = [round(min(max(t - start, 0), end - start), 5) for t in word[1:]]
             rows.append(row | dict(clip=f"{row['clip']}_{i}", start=start, end=end, label=word[0], text=word[0],
                                    words=[[word[0], *times]]))
-    return as_table(rows)
+    return as_table(rows, folder)
 
 # %% ../../nbs/07_data.benchmarks.ipynb #024
 def _own_lists(
@@ -232,7 +232,7 @@ def dfdc(
         for row in read_items(folder, path, videos, _dfdc_row, 'video'):
             if 'file' in row: _place_dfdc(row, part, sides, listed)
             rows.append(row)
-    return as_table(rows)
+    return as_table(rows, folder)
 
 def _place_dfdc(
     row: dict, # of a video, to which clip, path and split are added
@@ -302,7 +302,7 @@ def ucf101(
         for side in SIDES[:2]:
             path = folder/'ucfTrainTestlist'/f'{side}list{k + 1:02}.txt'
             lists.append((k, side, read_items(folder, path, text_lines(path), partial(ucf_clip, classes=classes))))
-    return as_table(in_three_splits(lists, 'ucfTrainTestlist'))
+    return as_table(in_three_splits(lists, 'ucfTrainTestlist'), folder)
 
 # %% ../../nbs/07_data.benchmarks.ipynb #032
 def source_video(
@@ -335,14 +335,14 @@ def hmdb51(
         for k in range(3):
             path = where/f'{label}_test_split{k + 1}.txt'
             lists.append((k, None, read_items(folder, path, text_lines(path), partial(hmdb_clip, label=label, folder=base))))
-    return as_table(in_three_splits(lists, where.name))
+    return as_table(in_three_splits(lists, where.name), folder)
 
 # %% ../../nbs/07_data.benchmarks.ipynb #036
 def _esc_row(
     r: dict, # column: text
 ) -> dict: # the clip's columns
     "A row of esc50.csv; raises `ValueError` for a fold that is no number."
-    if not re.fullmatch(r'\d+', r['fold']): raise ValueError(f"{r['fold']!r} is no number of a fold")
+    if not re.fullmatch('[0-9]{1,4}', r['fold']): raise ValueError(f"{r['fold']!r} is no number of a fold")
     return dict(clip=Path(r['filename']).stem, path=f"audio/{r['filename']}", label=r['category'], fold=int(r['fold']),
                 group=r.get('src_file'))
 
@@ -352,7 +352,7 @@ def esc50(
     "ESC-50 (Piczak 2015): environmental sounds in five folds."
     path = folder/'meta'/'esc50.csv'
     if not path.exists(): return as_table([])
-    return as_table(read_items(folder, path, csv_rows(path, ['filename', 'fold', 'category']), _esc_row))
+    return as_table(read_items(folder, path, csv_rows(path, ['filename', 'fold', 'category']), _esc_row), folder)
 
 def esc10(
     folder: Path, # as for `esc50`
@@ -361,7 +361,7 @@ def esc10(
     path = folder/'meta'/'esc50.csv'
     if not path.exists(): return as_table([])
     def read(r): return _esc_row(r) if r['esc10'] == 'True' else None
-    return as_table(read_items(folder, path, csv_rows(path, ['filename', 'fold', 'category', 'esc10']), read))
+    return as_table(read_items(folder, path, csv_rows(path, ['filename', 'fold', 'category', 'esc10']), read), folder)
 
 # %% ../../nbs/07_data.benchmarks.ipynb #039
 def usable_boxes(
@@ -389,7 +389,7 @@ def vggss(
     "VGG Sound Source (Chen et al. 2021): clips with a box around what sounds."
     path = folder/'vggss.json'
     if not path.exists(): return as_table([])
-    return as_table(read_items(folder, path, enumerate(read_json(path, list), 1), _vggss_row, 'item'))
+    return as_table(read_items(folder, path, enumerate(read_json(path, list), 1), _vggss_row, 'item'), folder)
 
 # %% ../../nbs/07_data.benchmarks.ipynb #042
 ANNOTATOR = 0.5 # weight of one person's box: two people who agree make a whole
@@ -419,4 +419,4 @@ def flickr_soundnet(
         try: row['boxes'] = annotated_boxes(folder/'Annotations'/file)
         except InputError as e: row['problem'] = because(e, folder)
         if 'problem' in row or row['boxes']: rows.append(row)
-    return as_table(rows)
+    return as_table(rows, folder)

@@ -4,19 +4,21 @@
 
 # %% auto #0
 __all__ = ['INSTRUMENTS', 'KINETICS_SOUNDS', 'OWN', 'READERS', 'EXPECTED', 'kinetics700', 'kinetics_sounds', 'avspeech',
-           'media_folder', 'read_catalogue', 'training_order', 'leaks']
+           'own_list', 'media_folder', 'read_catalogue', 'training_order', 'leaks']
 
 # %% ../../nbs/08_data.catalogue.ipynb #002
+import os
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 
-from ..core import InputError
+from ..core import InputError, inside
 from .benchmarks import (dfdc, esc10, esc50, flickr_soundnet, grid, grid_words, hmdb51, lrs2, lrw,
                                   ucf101, vggss)
-from .lists import TRAINING, as_table, chance, csv_rows, media_files, read_items, seconds
+from .lists import (TRAINING, as_table, chance, csv_rows, left_out, listing, media_files, nfc, printable, read_items,
+                             seconds, some_of)
 
 # %% ../../nbs/08_data.catalogue.ipynb #005
 def kinetics700(
@@ -27,20 +29,33 @@ def kinetics700(
     for name, split in dict(train='train', validate='validate', val='validate', test='test').items():
         if not (path := folder/f'{name}.csv').exists(): continue
         columns = ['youtube_id', 'time_start', 'time_end'] + ['label']*(split != 'test')
-        rows += read_items(folder, path, csv_rows(path, columns), partial(_kinetics_row, name=name, split=split))
-    return as_table(rows)
+        read = partial(_kinetics_row, names=_kinetics_folders(folder, name), split=split)
+        rows += read_items(folder, path, csv_rows(path, columns), read)
+    return as_table(rows, folder)
 
+def _kinetics_folders(
+    folder: Path, # the dataset's
+    name: str, # of a list
+) -> list: # names of folders
+    "Where the films of a list are looked for: in the folder of its name, or of the other name for validation."
+    names = ['validate', 'val']
+    if name not in names: return [name]
+    if all((folder/f'{n}.csv').exists() for n in names): return sorted(names, key=lambda n: not (folder/n).is_dir())
+    return sorted(names, key=lambda n: n != name)
+
+# %% ../../nbs/08_data.catalogue.ipynb #b41c0001
 def _kinetics_row(
     r: dict, # column: text
-    name: str, # of the list and of the folder
+    names: list, # of the folders that may hold it
     split: str,
 ) -> dict: # the clip's columns
     "A row of a csv of Kinetics; raises `ValueError` for times that are none."
     try: start, end = seconds(r['time_start']), seconds(r['time_end'])
     except ValueError: raise ValueError(f"{r['youtube_id']} has no times in seconds") from None
     clip = f"{r['youtube_id']}_{start:06.0f}_{end:06.0f}"
-    place = f"{name}/{r['label']}" if 'label' in r else name
-    return dict(clip=clip, path=f'{place}/{clip}.mp4', label=r.get('label'), split=split, group=r['youtube_id'])
+    folders = [f"{r['label']}/", f"{r['label'].replace(' ', '_')}/", ''] if 'label' in r else ['']
+    path, *elsewhere = [f'{name}/{folder}{clip}.mp4' for folder in folders for name in names]
+    return dict(clip=clip, path=path, elsewhere=elsewhere, label=r.get('label'), split=split, group=r['youtube_id'])
 
 # %% ../../nbs/08_data.catalogue.ipynb #008
 INSTRUMENTS = ('accordion', 'bagpipes', 'bass guitar', 'clarinet', 'drums', 'guitar', 'harmonica', 'keyboard', 'organ',
@@ -67,7 +82,7 @@ def avspeech(
         if not (path := folder/f'avspeech_{split}.csv').exists(): continue
         lines = csv_rows(path, ['id', 'start', 'end', 'x', 'y'], header=False)
         rows += read_items(folder, path, lines, partial(_avspeech_row, split=split))
-    return as_table(rows)
+    return as_table(rows, folder)
 
 def _avspeech_row(
     r: dict, # column: text
@@ -87,10 +102,13 @@ OWN = ('path', 'label', 'split', 'text', 'start', 'end', 'group') # columns of a
 
 def _own_row(
     r: dict, # column -> text: a row of labels.csv
+    folder: Path, # the dataset's
 ) -> dict: # the clip's columns
     "A row of a labels.csv; raises `ValueError` saying what is wrong."
     row = {c: r.get(c) or None for c in OWN} | dict(split=r.get('split') or 'train')
     if not row['path']: raise ValueError('there is no path')
+    try: row['path'] = inside(folder, row['path']).relative_to(folder).as_posix()
+    except InputError: pass # preprocessing rejects it
     if row['split'] not in ('train', 'validate', 'test'): raise ValueError(f"split is train, validate or test, not {row['split']}")
     try: row |= {c: seconds(row[c]) for c in ('start', 'end') if row[c]}
     except ValueError: raise ValueError(f"start and end are seconds, not {row['start']} and {row['end']}") from None
@@ -99,17 +117,47 @@ def _own_row(
     return row | dict(clip=f"{row['path']}_{span}" if span else row['path'])
 
 # %% ../../nbs/08_data.catalogue.ipynb #015
+def own_list(
+    folder: Path, # any folder
+) -> Path | None: # its labels.csv, in whatever letters
+    "The list of a folder of your own; raises `InputError` where there are two."
+    names = [name for name in listing(folder, ('labels.csv',)) if name.lower() == 'labels.csv']
+    if len(names) > 1: raise InputError(f'{folder} has {" and ".join(names)}: keep one of them')
+    return folder/names[0] if names else None
+
 def media_folder(
     folder: Path, # any folder of media files; labels.csv is optional
 ) -> pd.DataFrame: # the catalogue
     "Your own files: all that are in a folder, or those that its labels.csv names."
-    path = folder/'labels.csv'
-    if not path.exists(): return as_table([dict(clip=file, path=file, split='train') for file in media_files(folder)])
-    lines = list(csv_rows(path, ['path']))
+    found, left = media_files(folder)
+    if path := own_list(folder):
+        rows = _own_rows(folder, path, found)
+        table = as_table(rows, folder, own=True)
+        if unnamed := sorted(set(found).difference(table.path)):
+            table.attrs['notes'].append(f'left out: {len(unnamed):,} media files that {path.name} does not name: {some_of(unnamed)}')
+    else: table = as_table([dict(clip=file, path=file, split='train') for file in found])
+    used = {*table.path, path and path.name}
+    table.attrs['notes'] += left_out({file: why for file, why in left.items() if file not in used})
+    return table
+
+# %% ../../nbs/08_data.catalogue.ipynb #b41c0002
+def _own_rows(
+    folder: Path, # the dataset's
+    path: Path, # its labels.csv
+    found: list, # paths of the media files in the folder
+) -> list: # of rows
+    "The rows of a labels.csv; one whose file is there with other capitals or spaces has a problem that says so."
+    lines = list(csv_rows(path, ['path'], exact=('path',)))
     columns = next((list(r) for _, r in lines if isinstance(r, dict)), [])
     if unknown := [c for c in columns if c not in OWN]:
         raise InputError(f'{path} has a column {", ".join(map(repr, unknown))}; it takes: {", ".join(OWN)}')
-    return as_table(read_items(folder, path, lines, _own_row))
+    rows, names = read_items(folder, path, lines, partial(_own_row, folder=folder)), {nfc(name) for name in found}
+    alike = {''.join(nfc(name).casefold().split()): name for name in found}
+    for row in rows:
+        if row.get('problem') or nfc(row['path']) in names: continue
+        other = alike.get(''.join(nfc(row['path']).casefold().split()))
+        if other and not os.path.exists(folder/row['path']): row['problem'] = f"{row['place']}: there is no {row['path']!r}, but {other!r}"
+    return rows
 
 # %% ../../nbs/08_data.catalogue.ipynb #019
 READERS = dict(kinetics700=kinetics700, kinetics_sounds=kinetics_sounds, avspeech=avspeech, lrw=lrw, lrs2=lrs2, grid=grid,
@@ -137,8 +185,7 @@ def _contents(
     folder: Path, # any folder
 ) -> str: # for messages
     "What is in a folder, at most five names."
-    names = sorted(f'{p.name}/' if p.is_dir() else p.name for p in folder.iterdir())
-    return ', '.join(names[:5]) + (f' and {len(names) - 5} more' if len(names) > 5 else '') or 'nothing'
+    return some_of(sorted(f'{p.name}/' if p.is_dir() else p.name for p in folder.iterdir())) or 'nothing'
 
 def read_catalogue(
     reader: str, # which reader: a key of READERS
@@ -153,8 +200,9 @@ def read_catalogue(
         raise InputError(f'{name}: no folder {folder}; put the dataset there ({EXPECTED[reader]}) '
                          f'or take {name} out of params.yaml')
     try: table = READERS[reader](folder)
-    except InputError as e: raise InputError(f'{name}: {e}') from None
+    except InputError as e: raise InputError(printable(f'{name}: {e}')) from None
     if table.empty: raise InputError(f'{name}: {folder} lists no clips; expected {EXPECTED[reader]}; there is: {_contents(folder)}')
+    table.attrs['expected'] = EXPECTED[reader]
     return table
 
 # %% ../../nbs/08_data.catalogue.ipynb #029
