@@ -137,9 +137,11 @@ def inside(
     name: str | Path, # a path as found in a file: relative, or absolute and below `folder`
 ) -> Path: # folder/name, without `..`
     "`folder/name`, or an `InputError` if `name`, as it is written, leads out of `folder`; symbolic links are followed."
-    path, written = Path(folder), os.fspath(name)
-    name = written
-    if '\0' in name: raise InputError(f'{name!r} is no name of a file')
+    path, name = Path(folder), os.fspath(name)
+    written = name
+    try: possible = b'\0' not in os.fsencode(name)
+    except UnicodeEncodeError: possible = False
+    if not possible: raise InputError(f'{name!r} is no name of a file')
     if os.path.isabs(name): # may be written with the folder's own links, or without
         homes = [os.path.abspath(path), os.path.realpath(path)]
         home = next((h for h in homes if Path(os.path.normpath(name)).is_relative_to(h)), homes[0])

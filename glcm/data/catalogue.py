@@ -17,7 +17,7 @@ import pandas as pd
 from ..core import InputError, inside
 from .benchmarks import (dfdc, esc10, esc50, flickr_soundnet, grid, grid_words, hmdb51, lrs2, lrw,
                                   ucf101, vggss)
-from .lists import (TRAINING, as_table, chance, csv_rows, left_out, listing, media_files, nfc, printable, read_items,
+from .lists import (TRAINING, as_table, chance, csv_rows, left_out, media_files, nfc, printable, read_items,
                              seconds, some_of)
 
 # %% ../../nbs/08_data.catalogue.ipynb #005
@@ -107,8 +107,7 @@ def _own_row(
     "A row of a labels.csv; raises `ValueError` saying what is wrong."
     row = {c: r.get(c) or None for c in OWN} | dict(split=r.get('split') or 'train')
     if not row['path']: raise ValueError('there is no path')
-    try: row['path'] = inside(folder, row['path']).relative_to(folder).as_posix()
-    except InputError: pass # preprocessing rejects it
+    row['path'] = _own_path(folder, row['path'])
     if row['split'] not in ('train', 'validate', 'test'): raise ValueError(f"split is train, validate or test, not {row['split']}")
     try: row |= {c: seconds(row[c]) for c in ('start', 'end') if row[c]}
     except ValueError: raise ValueError(f"start and end are seconds, not {row['start']} and {row['end']}") from None
@@ -116,12 +115,18 @@ def _own_row(
     span = '_'.join(r.get(c) or '' for c in ('start', 'end')).strip('_')
     return row | dict(clip=f"{row['path']}_{span}" if span else row['path'])
 
+def _own_path(folder: Path, path: str) -> str:
+    "A path of a labels.csv without detours, and relative if it lies in the folder; preprocessing rejects one that does not."
+    path = os.path.normpath(path)
+    try: return inside(folder, path).relative_to(folder).as_posix() if os.path.isabs(path) else path
+    except InputError: return path
+
 # %% ../../nbs/08_data.catalogue.ipynb #015
 def own_list(
     folder: Path, # any folder
 ) -> Path | None: # its labels.csv, in whatever letters
     "The list of a folder of your own; raises `InputError` where there are two."
-    names = [name for name in listing(folder, ('labels.csv',)) if name.lower() == 'labels.csv']
+    names = sorted(name for name in os.listdir(folder) if name.lower() == 'labels.csv')
     if len(names) > 1: raise InputError(f'{folder} has {" and ".join(names)}: keep one of them')
     return folder/names[0] if names else None
 
@@ -132,9 +137,10 @@ def media_folder(
     found, left = media_files(folder)
     if path := own_list(folder):
         rows = _own_rows(folder, path, found)
+        if not rows: raise InputError(f'{path} names no files; expected a line for each, or no {path.name}')
         table = as_table(rows, folder, own=True)
         if unnamed := sorted(set(found).difference(table.path)):
-            table.attrs['notes'].append(f'left out: {len(unnamed):,} media files that {path.name} does not name: {some_of(unnamed)}')
+            table.attrs['notes'].append(f'left out: {len(unnamed):,} (not in {path.name}): {some_of(unnamed)}')
     else: table = as_table([dict(clip=file, path=file, split='train') for file in found])
     used = {*table.path, path and path.name}
     table.attrs['notes'] += left_out({file: why for file, why in left.items() if file not in used})
@@ -166,7 +172,7 @@ READERS = dict(kinetics700=kinetics700, kinetics_sounds=kinetics_sounds, avspeec
                folder=media_folder)
 
 # %% ../../nbs/08_data.catalogue.ipynb #020
-_KINETICS = 'train.csv / validate.csv / test.csv and <split>/<label>/<id>_<start>_<end>.mp4'
+_KINETICS = 'train.csv / validate.csv (or val.csv) / test.csv and <split>/<label>/<id>_<start>_<end>.mp4'
 _GRID = '<speaker>/video/*.mpg and <speaker>/align/*.align, or video/ and align/ of one speaker'
 EXPECTED = dict(
     kinetics700=_KINETICS, kinetics_sounds=f'{_KINETICS} with the classes of Kinetics-Sounds',
@@ -178,7 +184,7 @@ EXPECTED = dict(
     hmdb51='testTrainMulti_7030_splits/<class>_test_split{1,2,3}.txt and <class>/*.avi',
     esc50='meta/esc50.csv and audio/<filename>', esc10='meta/esc50.csv (with its column esc10) and audio/<filename>',
     vggss='vggss.json and clips/<file>.mp4', flickr_soundnet='Annotations/<id>.xml and clips/<id>.mp4',
-    folder='media files, or a labels.csv that names them')
+    folder='media files, or a labels.csv with a column of their paths from this folder')
 
 # %% ../../nbs/08_data.catalogue.ipynb #021
 def _contents(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FACE_SIDE', 'MEMORY', 'STARTING', 'ANSWERING', 'ROWS_PER_SHARD', 'FORMAT', 'PASSING', 'REMEDIES', 'OTHER_REMEDY',
            'ClipConfig', 'PreprocessConfig', 'Settings', 'encode_clip', 'serve', 'Decoder', 'media_file', 'attempt',
-           'workers', 'Block', 'blocks_of', 'summary', 'preprocess']
+           'workers', 'Block', 'blocks_of', 'example_of', 'summary', 'preprocess']
 
 # %% ../../nbs/10_data.preprocess.ipynb #002
 import hashlib
@@ -252,7 +252,7 @@ def _why_missing(folder: Path, path: Path, error: OSError) -> str:
     "What of a path is not there: the file, a folder on the way, or what a link leads to."
     name, missing = f'{folder.name}/{path.relative_to(folder)}', path
     while missing.parent != folder and not os.path.lexists(missing.parent): missing = missing.parent
-    if path.is_symlink(): return f'{name} is a link to {os.readlink(path)}, which cannot be opened: {error.strerror}'
+    if os.path.islink(path): return f'{name} is a link to {os.readlink(path)}, which cannot be opened: {error.strerror}'
     if missing != path: return f'{name}: there is no folder {folder.name}/{missing.relative_to(folder)}'
     return f'{name}: {error.strerror}'
 
@@ -489,13 +489,19 @@ REMEDIES = { # for each reason
     'no face': "use whole frames (crop: none)"}
 OTHER_REMEDY = 'download these files again, or convert them with ffmpeg'
 
+def example_of(
+    rejected: pd.DataFrame, # clip, reason, detail
+    reason: str, # one of them
+) -> str: # a sentence
+    "What was rejected for a reason, and what to do."
+    detail = rejected.detail[rejected.reason == reason].iloc[0]
+    return f'For example {detail}. To do: {REMEDIES.get(reason, OTHER_REMEDY)}.'
+
 def summary(
     rejected: pd.DataFrame, # clip, reason, detail
 ) -> list: # of sentences, the commonest reason first
     "For each reason: how often, an example, what to do."
-    first = rejected.drop_duplicates('reason').set_index('reason').detail
-    counts = Counter(rejected.reason).most_common()
-    return [f'{count:,} x {reason}, for example {first[reason]}. To do: {REMEDIES.get(reason, OTHER_REMEDY)}.' for reason, count in counts]
+    return [f'{count:,} x {reason}. {example_of(rejected, reason)}' for reason, count in Counter(rejected.reason).most_common()]
 
 # %% ../../nbs/10_data.preprocess.ipynb #c41c0004
 def _are_sounds(
@@ -548,9 +554,10 @@ def _refuse_if_too_many(rejected: pd.DataFrame, total: int, limit: float, path: 
     "Raise `InputError` when too many files were rejected, or all of them, and leave the list of them in `path`."
     if len(rejected) <= limit*total and len(rejected) < total: return
     with atomic_path(path) as scratch: rejected.to_csv(scratch, index=False)
-    reasons = ', '.join(f'{n} x {reason}' for reason, n in Counter(rejected.reason).most_common())
-    if len(rejected) == total: many, remedy = f'none of {total} clips can be used ({reasons}).', ''
+    counts = Counter(rejected.reason).most_common()
+    reasons = ', '.join(f'{count:,} x {reason}' for reason, count in counts)
+    if len(rejected) == total: many, otherwise = f'none of {total:,} clips can be used ({reasons}).', ''
     else:
-        many = f'{len(rejected)} of {total} clips cannot be used ({reasons}), more than max_rejected = {limit:g} allows.'
-        remedy = ' If the others are enough, raise max_rejected in params.yaml.'
-    raise InputError(f'{many} {summary(rejected)[0]}{remedy} All are listed in {path}')
+        many = f'{len(rejected):,} of {total:,} clips cannot be used ({reasons}), more than max_rejected = {limit:g} allows.'
+        otherwise = ' If the other clips are enough, raise max_rejected in params.yaml.'
+    raise InputError(f'{many} {example_of(rejected, counts[0][0])}{otherwise} All are listed in {path}')
