@@ -40,7 +40,7 @@ from .audio import AudioConfig, log_mel
 from .catalogue import training_order
 from .damage import Rejection
 from .faces import face_track_crops, landmarks
-from .picture import from_rgb
+from .planes import from_rgb
 from .shards import StoreConfig, checksum, pack_clip, write_index, write_shard
 from .video import Recording, read_recording
 

@@ -15,8 +15,9 @@ import av
 import numpy as np
 
 from .damage import Rejection, refuse_torn
-from .mono import mono
-from .picture import planes_at, to_rgb
+from .mono import MonoResampler
+from .picture import Renderer
+from .planes import to_rgb
 
 # %% ../../nbs/03_data.video.ipynb #012
 @dataclass(frozen=True)
@@ -80,11 +81,14 @@ def _sound(
     pieces, last = [], start
     heard, span = sum(frame.samples/frame.sample_rate for frame in frames), frames[-1].time - frames[0].time
     if heard < span/2: raise Rejection('clock jumps', f'{heard:.1f} s of sound in {span:.1f} s')
+    mono = MonoResampler(rate)
     for run in _runs(frames):
         if abs(run[0].time - last) > LONGEST_GAP: raise Rejection('clock jumps', f'sound at {last:.1f} s, then at {run[0].time:.1f} s')
-        pieces.append((run[0].time - start, mono(run, rate)))
+        pieces.append(run[0].time - start)
+        mono.begin()
+        for frame in run: mono.add(frame)
         last = run[-1].time
-    return _laid_out(pieces, rate)
+    return _laid_out(list(zip(pieces, mono.finish())), rate)
 
 # %% ../../nbs/03_data.video.ipynb #024
 STRICT = {'err_detect': 'crccheck+bitstream+buffer+explode', 'max_pixels': str(8192*4320), 'threads': '1'} # FFmpeg's options for decoders
@@ -125,12 +129,15 @@ def _decoded(
     path: Path, # a media file
     kinds: list, # of 'video', 'audio': the streams that are needed
     errors: list, # to which FFmpeg's error messages are added
+    screen: '_Screen', # which is told of the stream of pictures
 ):
     "Yield the decoded frames of the wanted streams; raises `Rejection` for a missing stream or any damage."
     try:
         refuse_torn(path)
         with av.open(str(path), metadata_errors='ignore') as container:
             streams = _open_streams(container, kinds, path.name)
+            for stream in streams:
+                if stream.type == 'video': screen.open(stream)
             latest = {}
             for packet in container.demux(*streams):
                 for frame in packet.decode():
@@ -149,6 +156,8 @@ class _Screen:
     def __init__(self, fps: float, short_side: int):
         self.fps, self.short_side, self.times, self.pictures, self.latest = fps, short_side, [], [], None
 
+    def open(self, stream: av.VideoStream): self.renderer = Renderer(stream, self.short_side)
+
     def show(self, frame: av.VideoFrame):
         if self.times and frame.time <= self.times[-1]: return
         if self.times and frame.time > self.times[-1] + LONGEST_GAP:
@@ -159,7 +168,7 @@ class _Screen:
 
     def _keep(self, until: float):
         count, = ticks_on_screen([self.times[-1], until], self.fps, self.times[0])
-        if count: self.pictures += [planes_at(self.latest, self.short_side)]*count
+        if count: self.pictures += [self.renderer.planes(self.latest)]*count
 
     def planes(self) -> np.ndarray: # (F, 3h/2, w) uint8
         self._keep(self.times[-1] + (np.median(np.diff(self.times)) if len(self.times) > 1 else 1/self.fps))
@@ -179,7 +188,7 @@ def read_recording(
     if not path.exists(): raise Rejection('missing file', path.name)
     kinds = [kind for kind, wanted in (('video', fps), ('audio', sample_rate)) if wanted]
     with av.logging.Capture() as errors:
-        for frame in _decoded(path, kinds, errors):
+        for frame in _decoded(path, kinds, errors, screen):
             if isinstance(frame, av.AudioFrame): sounds.append(frame)
             else: screen.show(frame)
     for kind, wanted, found in (('video', fps, screen.times), ('audio', sample_rate, sounds)):
