@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 import numpy as np
 
-from .damage import Rejection, refuse_torn
+from .damage import Rejection, is_leftover, refuse_torn
 from .mono import MonoResampler
 from .picture import Renderer
 from .planes import to_rgb
@@ -138,15 +138,19 @@ def _decoded(
             streams = _open_streams(container, kinds, path.name)
             for stream in streams:
                 if stream.type == 'video': screen.open(stream)
-            latest = {}
+            latest, joined = {}, set() # of a joined file nobody knows the length
             for packet in container.demux(*streams):
+                if packet.stream.type == 'audio' and is_leftover(packet):
+                    joined.add(packet.stream)
+                    continue
                 for frame in packet.decode():
                     if frame.pts is None: continue
                     if frame.is_corrupt: raise Rejection('does not decode', f'{path.name}: damaged {packet.stream.type} at {frame.time:.1f} s')
                     latest[packet.stream] = frame
                     yield frame
                 if errors: raise Rejection('does not decode', f'{path.name}: {errors[0][2].strip()}')
-            for stream, frame in latest.items(): _refuse_length(stream, frame, path.name)
+            for stream, frame in latest.items():
+                if stream not in joined: _refuse_length(stream, frame, path.name)
     except (av.FFmpegError, OSError, EOFError) as e:
         raise Rejection('does not decode', f'{path.name}: {e.strerror or e}') from None
 
