@@ -40,8 +40,8 @@ OPPOSED = 0.05 # energy of the mean of two sides, relative to the louder one's, 
 FRAMES_AT_ONCE = 64 # frames that go through the filters together: each time costs
 
 class MonoResampler:
-    """Mono at `rate` from decoded frames, as they come. Frames of one run adjoin each other; `begin` starts a new run, for example
-    behind a gap. Two numbers are kept for each sample of the result, nothing else of the film."""
+    """Mono at `rate` from decoded frames, as they come. Frames of one run adjoin each other; `begin` starts a new run,
+    for example behind a gap. Two numbers are kept for each sample of the result, nothing else of the film."""
     def __init__(self,
         rate: int, # wanted samples per second
     ):

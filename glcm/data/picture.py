@@ -29,7 +29,7 @@ def shown_size(
 ) -> tuple[int, int]: # width, height; both even, before any turn
     "Size of a frame with square pixels."
     if not 1/ODDEST_PIXEL <= aspect <= ODDEST_PIXEL: aspect = 1
-    sides = float(frame.width*aspect), float(frame.height)
+    sides = frame.width*float(aspect), frame.height
     scale = short_side/min(sides)
     width, height = (max(2, round(side*scale/2)*2) for side in sides)
     return width, height
@@ -77,15 +77,15 @@ def laid_down(
     return np.vstack([luma, np.hstack([u, v])])
 
 # %% ../../nbs/02c_data.picture.ipynb #015
-MATRICES = 1, 4, 5, 6, 7, 9 # BT.709, FCC, BT.601 (both), SMPTE 240M and BT.2020: those that libswscale converts, by their numbers in ITU-T H.273
+MATRICES = 1, 2, 4, 5, 6, 7, 9 # that libswscale converts, by their numbers in ITU-T H.273; 2: not named, read as BT.601
 PQ, HLG = 16, 18 # transfer characteristics of HDR, by their numbers in ITU-T H.273
 
 def _matrix(
     frame: av.VideoFrame, # a decoded frame
 ) -> str | None: # PyAV's name of a matrix; None: what the frame says
     "What to read the colours of a frame with where the file does not say, or says what cannot be used."
-    if frame.format.is_rgb or frame.colorspace in MATRICES: return None
-    return 'BT2020' if frame.color_trc in (PQ, HLG) else 'ITU601'
+    if frame.colorspace == 2 and frame.color_trc in (PQ, HLG): return 'BT2020'
+    return None if frame.colorspace in MATRICES or frame.format.is_rgb else 'ITU601'
 
 # %% ../../nbs/02c_data.picture.ipynb #017
 @cache
@@ -157,7 +157,7 @@ def light_to_srgb(
 @cache
 def _light_table(
     transfer: int, # PQ, HLG; any other: sRGB
-) -> np.ndarray: # (65536,) float32: light of each number of 16 bits, 1: paper-white, or for HLG the brightest of the scene
+) -> np.ndarray: # (65536,) float32: light of each number; 1: paper-white, or for HLG the brightest of the scene
     "The curve from numbers to light, so that a picture needs no powers."
     signal = np.arange(65536)/65535
     if transfer == PQ: return (pq_to_light(signal)/PAPER_WHITE).astype(np.float32)
@@ -205,8 +205,8 @@ def tone_mapped(
     height: int, # wanted rows
 ) -> np.ndarray: # (height, width, 3) uint8 sRGB
     "A frame in the colours and the brightness of common screens."
-    signal = frame.reformat(width, height, 'rgb48le', src_colorspace=_matrix(frame), interpolation='AREA', threads=1).to_ndarray()
-    light = _light_table(frame.color_trc)[signal]
+    small = frame.reformat(width, height, 'rgb48le', src_colorspace=_matrix(frame), interpolation='AREA', threads=1)
+    light = _light_table(frame.color_trc)[small.to_ndarray()]
     primaries = frame.color_primaries
     if primaries == 2: primaries = 9 # not named
     if frame.color_trc == HLG:
@@ -229,7 +229,8 @@ def _planes(
     "A frame as planes, not yet turned."
     if is_wide(frame): return from_rgb(tone_mapped(frame, width, height)[None])[0]
     transparent = _has_alpha(frame.format.name)
-    small = frame.reformat(width, height, 'yuva420p' if transparent else 'yuv420p', src_colorspace=_matrix(frame), **PLAIN)
+    kind = 'yuva420p' if transparent else 'yuv420p'
+    small = frame.reformat(width, height, kind, src_colorspace=_matrix(frame), **PLAIN)
     planes = np.empty((height*3//2, width), np.uint8)
     planes_of(small, planes)
     return over_black(planes, plane_of(small, 3, height, width)) if transparent else planes
@@ -242,7 +243,8 @@ def planes_at(
 ) -> np.ndarray: # (3h/2, w) uint8 planes, both sides even
     "What a player shows of a frame, at the wanted size; raises `Rejection` where it cannot be converted."
     try: planes = _planes(frame, *shown_size(frame, short_side, aspect))
-    except (OSError, ValueError) as e: raise Rejection('does not decode', f'pictures of the kind {frame.format.name}: {e.strerror or e}') from None
+    except (OSError, ValueError) as e:
+        raise Rejection('does not decode', f'pictures of the kind {frame.format.name}: {e}') from None
     symmetry = _symmetry(frame)
     return laid_down(planes, *symmetry) if any(symmetry) else planes
 
@@ -256,10 +258,11 @@ class Renderer:
         short_side: int, # wanted length of the shorter side, pixels
     ):
         self.codec, self.short_side = stream.codec_context, short_side
-        self.aspect = None if stream.container.format.name in WITHOUT_SHAPE else stream.sample_aspect_ratio
+        stated = None if stream.container.format.name in WITHOUT_SHAPE else stream.sample_aspect_ratio
+        self.aspect = float(stated or 0) # 0: not stated
 
     def planes(self,
         frame: av.VideoFrame, # the frame that was decoded last, or one soon after
     ) -> np.ndarray: # (3h/2, w) uint8 planes, both sides even
         "What a player shows of a frame, at the wanted size; raises `Rejection` where it cannot be converted."
-        return planes_at(frame, self.short_side, self.aspect or self.codec.sample_aspect_ratio or 1)
+        return planes_at(frame, self.short_side, self.aspect or float(self.codec.sample_aspect_ratio or 1))
