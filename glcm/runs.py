@@ -173,7 +173,7 @@ def load_model(
     return model_in(read_checkpoint(path), path)
 
 # %% ../nbs/17_runs.ipynb #020
-CODE = ['core', 'data/audio', 'data/lists', 'data/shards', 'data/video', 'data/views', 'attention', 'distributed', 'encoders', 'losses', 'model', 'runs',
+CODE = ['core', 'data/audio', 'data/lists', 'data/planes', 'data/shards', 'data/views', 'attention', 'distributed', 'encoders', 'losses', 'model', 'runs',
         'train'] # modules that pretraining runs
 
 def code_hash(

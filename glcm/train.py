@@ -31,7 +31,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .core import InputError, atomic_path, parse, progress, read_params, seed_everything
 from .data.shards import ClipStore
-from .data.video import to_rgb
+from .data.planes import to_rgb
 from .data.views import TrainingViews, training_batches, training_clips
 from .distributed import Ranks, handling, joined, launch
 from .encoders import frozen_statistics, reset_batchnorm_statistics

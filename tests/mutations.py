@@ -13,9 +13,10 @@ from PIL import Image
 
 from glcm.core import parse, read_params
 from glcm.data.audio import LEVELS, AudioConfig
+from glcm.data.damage import Rejection
 from glcm.data.preprocess import ClipConfig, Decoder, Settings
 from glcm.data.shards import StoreConfig
-from glcm.data.video import Rejection, write_video
+from glcm.data.video import write_video
 
 ABSURD = [0, 1, 2, 255, 65535, 1 << 24, (1 << 31) - 1, 1 << 31, (1 << 32) - 1] # values that no honest header has
 SMALL_LUMA, SMALL_MEL = 12, 0.3 # small harm: mean difference of the worst frame, of 255; median difference of log10 mel energies

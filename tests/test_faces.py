@@ -12,9 +12,11 @@ from glcm.data import faces
 from glcm.data.faces import (EYES_AND_NOSE, LIP_CORNERS, MEAN_FACE, align_crop, crop_matrices, face_track_crops, faces_installed,
                              fill_gaps, landmarks, moved, similarity, smooth, warp)
 from glcm.data.audio import AudioConfig
+from glcm.data.damage import Rejection
+from glcm.data.planes import from_rgb
 from glcm.data.preprocess import ClipConfig, Settings, encode_clip
 from glcm.data.shards import StoreConfig
-from glcm.data.video import Rejection, from_rgb, read_recording
+from glcm.data.video import read_recording
 
 GRID = Path(__file__).resolve().parents[2]/'shared'/'data'/'grid'
 dlib = pytest.mark.skipif(not faces_installed(), reason="dlib is not installed: pip install 'glcm[faces]'")

@@ -7,7 +7,8 @@ import pandas as pd
 import pytest
 from mutations import REASONS, boxes, fuzz, real_files, written_files
 
-from glcm.data.video import Rejection, read_recording, write_video
+from glcm.data.damage import Rejection
+from glcm.data.video import read_recording, write_video
 
 SHARED = Path(__file__).resolve().parents[2]/'shared'/'data'
 USED = {'unchanged', 'small harm', 'of another file', 'large harm'}

@@ -17,7 +17,7 @@ from glcm.data.catalogue import read_catalogue
 from glcm.data.miniature import write_world
 from glcm.data.preprocess import ClipConfig, Decoder, PreprocessConfig, Settings, preprocess
 from glcm.data.shards import ClipStore, StoreConfig
-from glcm.data.video import Rejection
+from glcm.data.damage import Rejection
 
 AUDIO = AudioConfig(sample_rate=24000, bands=80, window=1024, hop=200)
 STORE = StoreConfig(container='h264', crf=20, keyframe=16)

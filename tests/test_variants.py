@@ -6,7 +6,7 @@ import torch
 import yaml
 
 from glcm.core import InputError, override, parse, read_params, root
-from glcm.data.video import to_rgb
+from glcm.data.planes import to_rgb
 from glcm.model import GLCM, glcm_loss
 from glcm.testing import tiny_params
 from glcm.runs import CODE, MachineConfig, run_config

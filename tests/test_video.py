@@ -6,7 +6,8 @@ import av
 import numpy as np
 import pytest
 
-from glcm.data.video import Rejection, read_recording, write_video
+from glcm.data.damage import Rejection
+from glcm.data.video import read_recording, write_video
 
 SHARED = Path(__file__).resolve().parents[2]/'shared'/'data'
 real = pytest.mark.skipif(not SHARED.is_dir(), reason='no real recordings beside the repository (../shared/data)')

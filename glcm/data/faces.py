@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from ..core import InputError
-from .video import Rejection
+from .damage import Rejection
 
 # %% ../../nbs/05_data.faces.ipynb #005
 MEAN_FACE = np.array([ # (68, 2) x to the right, y down, in sides of the detector's square

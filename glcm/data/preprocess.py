@@ -39,10 +39,12 @@ import pandas as pd
 from ..core import InputError, atomic_path, inside, parse, progress
 from .audio import AudioConfig, log_mel
 from .catalogue import training_order
+from .damage import Rejection
 from .faces import face_track_crops, landmarks
 from .lists import SOUND, printable
+from .planes import from_rgb
 from .shards import StoreConfig, checksum, pack_clip, write_index, write_shard
-from .video import Recording, Rejection, from_rgb, read_recording
+from .video import Recording, read_recording
 
 # %% ../../nbs/10_data.preprocess.ipynb #005
 @dataclass(frozen=True)

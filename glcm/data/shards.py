@@ -25,7 +25,7 @@ import numpy as np
 
 from ..core import InputError
 from .audio import from_levels, to_levels
-from .video import planes_of, to_rgb
+from .planes import planes_of, to_rgb
 
 # %% ../../nbs/09_data.shards.ipynb #005
 @dataclass(frozen=True)

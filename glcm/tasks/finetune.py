@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from ..core import InputError, atomic_path, generator, parse, progress, seed_everything
 from ..data.shards import ClipStore
-from ..data.video import to_rgb
+from ..data.planes import to_rgb
 from ..metrics import deepfake_scores, sentence_errors, sentence_scores
 from ..model import GLCM
 from ..runs import CODE, RunConfig, code_hash, data_hash, read_state, with_weights

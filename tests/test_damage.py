@@ -1,0 +1,197 @@
+"Recordings whose headers are wrong are read; recordings of which a part is missing are refused."
+import io
+import struct
+import wave
+from fractions import Fraction
+
+import av
+import numpy as np
+import pytest
+
+from glcm.data.damage import Rejection
+from glcm.data.video import read_recording, write_video
+
+RATE, SECONDS = 24000, 3
+BEEP = np.where(np.arange(SECONDS*RATE)//2400 == 10, 0.5*np.sin(np.arange(SECONDS*RATE)*0.3), 0).astype(np.float32) # from 1.0 to 1.1 s
+
+
+def wav(whole=None, data=None, tail=b''):
+    "A wav file with a beep, its stated lengths as given."
+    file = io.BytesIO()
+    with wave.open(file, 'wb') as out:
+        out.setparams((1, 2, RATE, 0, 'NONE', ''))
+        out.writeframes((32767*BEEP).astype('<i2').tobytes())
+    content = bytearray(file.getvalue() + tail)
+    if whole is not None: content[4:8] = struct.pack('<I', whole)
+    if data is not None: content[40:44] = struct.pack('<I', data)
+    return bytes(content)
+
+
+LENGTH = len(wav())
+ODD_LENGTHS = {'whole counts its own head': wav(LENGTH), 'whole too long': wav(LENGTH + 500), 'arecord': wav(0x80000024, 0x80000000),
+               'sox': wav(0x7FFFF024, 0x7FFFF000), 'two gigabytes': wav(0x7FFFFFFF, 0x7FFFFFDB), 'ffmpeg': wav(0xFFFFFFFF, 0xFFFFFFFF),
+               'mplayer': wav(0x7FFFFFFF, 0xFFFFFFFF - 36), 'never filled in': wav(0, 0), 'data never filled in': wav(data=0),
+               'data counts the head': wav(data=LENGTH), 'no pad byte': wav(tail=b'LIST' + struct.pack('<I', 5) + b'INFOx'),
+               'tag cut off': wav(tail=b'LIST' + struct.pack('<I', 500) + b'INFOx'), 'ends in a sample': wav(0, 0)[:-1]}
+
+
+def beep(path):
+    "Seconds at which a file's beep begins, and seconds of the file."
+    waveform = read_recording(path, None, None, RATE).waveform
+    return np.flatnonzero(np.abs(waveform) > 0.1)[0]/RATE, len(waveform)/RATE
+
+
+@pytest.mark.parametrize('kind', ODD_LENGTHS)
+def test_wav_with_a_wrong_length_is_read(tmp_path, kind):
+    (tmp_path/'a.wav').write_bytes(ODD_LENGTHS[kind])
+    at, seconds = beep(tmp_path/'a.wav')
+    assert abs(at - 1) < 0.01 and abs(seconds - SECONDS) < 0.1
+
+
+def big(kind):
+    "A recording with lengths of eight bytes: RF64, W64, CAF."
+    samples = (32767*BEEP).astype('<i2').tobytes()
+    fmt = struct.pack('<HHIIHH', 1, 1, RATE, 2*RATE, 2, 16)
+    if kind == 'rf64':
+        return (b'RF64\xff\xff\xff\xffWAVEds64' + struct.pack('<IQQQI', 28, 72 + len(samples), len(samples), len(samples)//2, 0)
+                + b'fmt ' + struct.pack('<I', 16) + fmt + b'data\xff\xff\xff\xff' + samples)
+    if kind == 'w64':
+        guid = lambda name: name + bytes.fromhex('f3acd3118cd100c04f8edb8a')
+        riff = b'riff' + bytes.fromhex('2e91cf11a5d628db04c10000')
+        return (riff + struct.pack('<Q', 104 + len(samples)) + guid(b'wave') + guid(b'fmt ') + struct.pack('<Q', 40) + fmt
+                + guid(b'data') + struct.pack('<Q', 24 + len(samples)) + samples)
+    return (b'caff\0\1\0\0desc' + struct.pack('>qd4s5I', 32, RATE, b'lpcm', 2, 2, 1, 1, 16) + b'data' + struct.pack('>qI', 4 + len(samples), 0) + samples)
+
+
+@pytest.mark.parametrize('kind', ['rf64', 'w64', 'caf'])
+def test_large_formats_are_read_whole_and_refused_cut(tmp_path, kind):
+    path = tmp_path/f'a.{kind}'
+    path.write_bytes(big(kind))
+    at, seconds = beep(path)
+    assert abs(at - 1) < 0.01 and abs(seconds - SECONDS) < 0.01
+    path.write_bytes(big(kind)[:LENGTH//2])
+    with pytest.raises(Rejection, match='cut off'): beep(path)
+
+
+@pytest.mark.parametrize('kind', ['whole counts its own head', 'whole too long', 'no pad byte', 'data counts the head'])
+@pytest.mark.parametrize('share', [0.1, 0.5, 0.9, 0.99])
+def test_wav_that_was_cut_is_refused(tmp_path, kind, share):
+    (tmp_path/'a.wav').write_bytes(ODD_LENGTHS[kind][:int(share*LENGTH)])
+    with pytest.raises(Rejection, match='cut off'): beep(tmp_path/'a.wav')
+
+
+def encoded(path, codec, container=None, tags=None):
+    "The beep in a compressed file."
+    with av.open(str(path), 'w', container) as out:
+        out.metadata.update(tags or {})
+        layout = 'stereo' if codec == 'vorbis' else 'mono' # all that FFmpeg's own encoder knows
+        stream = out.add_stream(codec, rate=RATE, layout=layout, options=dict(strict='-2'))
+        frame = av.AudioFrame.from_ndarray(BEEP[None], 'fltp', 'mono')
+        frame.sample_rate = RATE
+        resampler = av.AudioResampler(format=stream.format.name, layout=layout, rate=stream.rate, frame_size=stream.frame_size)
+        time = 0
+        for piece in (*resampler.resample(frame), *resampler.resample(None)):
+            piece.pts, piece.time_base = time, Fraction(1, stream.rate)
+            time += piece.samples
+            out.mux(stream.encode(piece))
+        out.mux([packet for packet in stream.encode(None) if packet.pts is not None]) # FLAC ends with one that holds nothing
+    return path.read_bytes()
+
+
+def crc(page):
+    "Checksum of an Ogg page."
+    value = 0
+    for byte in page:
+        value ^= byte << 24
+        for _ in range(8): value = (value << 1 ^ 0x04C11DB7 if value & 0x80000000 else value << 1) & 0xFFFFFFFF
+    return struct.pack('<I', value)
+
+
+def pages(content):
+    "An Ogg file's pages."
+    at = 0
+    while at < len(content):
+        size = 27 + content[at + 26] + sum(content[at + 27:at + 27 + content[at + 26]])
+        yield bytearray(content[at:at + size])
+        at += size
+
+
+def changed(page, flags=None, number=None):
+    "An Ogg page with other flags or another number."
+    if flags is not None: page[5] = flags
+    if number is not None: page[18:22] = struct.pack('<I', number)
+    page[22:26] = bytes(4)
+    page[22:26] = crc(page)
+    return bytes(page)
+
+
+@pytest.fixture(params=['vorbis', 'libopus', 'flac'])
+def ogg(request, tmp_path):
+    return list(pages(encoded(tmp_path/'source.ogg', request.param, 'ogg')))
+
+
+def test_ogg_that_was_switched_off_is_read(tmp_path, ogg):
+    ogg[-1] = changed(ogg[-1], flags=ogg[-1][5] & ~4)
+    (tmp_path/'a.ogg').write_bytes(b''.join(ogg))
+    assert abs(beep(tmp_path/'a.ogg')[0] - 1) < 0.02
+
+
+def test_ogg_of_a_radio_whose_numbers_jump_behind_the_headers_is_read(tmp_path, ogg):
+    headers = next(k for k, page in enumerate(ogg) if page[6:14] != bytes(8))
+    ogg[headers:] = [changed(page, number=7000 + k) for k, page in enumerate(ogg[headers:])]
+    (tmp_path/'a.ogg').write_bytes(b''.join(ogg))
+    assert abs(beep(tmp_path/'a.ogg')[0] - 1) < 0.02
+
+
+def test_ogg_that_was_cut_is_refused(tmp_path, ogg):
+    content = b''.join(ogg)
+    for end in np.random.default_rng(0).integers(len(ogg[0]), len(content), 20):
+        if end in np.cumsum([len(page) for page in ogg]): continue # between two pages: as if switched off
+        (tmp_path/'a.ogg').write_bytes(content[:end])
+        with pytest.raises(Rejection): beep(tmp_path/'a.ogg')
+
+
+def test_ogg_without_a_page_in_its_middle_is_refused(tmp_path, ogg):
+    if len(ogg) < 5: pytest.skip('too few pages')
+    (tmp_path/'a.ogg').write_bytes(b''.join(ogg[:-2] + ogg[-1:]))
+    with pytest.raises(Rejection, match='cut off'): beep(tmp_path/'a.ogg')
+
+
+def test_joined_mp3_is_read(tmp_path):
+    song = encoded(tmp_path/'song.mp3', 'libmp3lame', 'mp3', dict(title='a song', comment='x'*3000))
+    for tail in (b'', b'TAG' + b'a song'.ljust(125, b'\0')):
+        (tmp_path/'joined.mp3').write_bytes((song + tail)*2)
+        waveform = read_recording(tmp_path/'joined.mp3', None, None, RATE).waveform
+        loud = np.flatnonzero(np.abs(waveform) > 0.1)/RATE
+        first, second = loud[loud < SECONDS], loud[loud > SECONDS]
+        assert abs(first[0] - 1) < 0.06 and abs(second[0] - SECONDS - 1) < 0.15
+
+
+@pytest.fixture
+def avi(tmp_path):
+    "A film of three seconds with sound, as an avi file."
+    pictures = np.random.default_rng(0).integers(0, 255, (30, 64, 96, 3)).astype(np.uint8)
+    write_video(tmp_path/'film.mp4', pictures, BEEP)
+    with av.open(str(tmp_path/'film.mp4')) as source, av.open(str(tmp_path/'film.avi'), 'w') as out:
+        picture, sound = out.add_stream('mpeg4', rate=10), out.add_stream('pcm_s16le', rate=RATE, layout='mono')
+        picture.width, picture.height, picture.pix_fmt = 96, 64, 'yuv420p'
+        packets = [packet for frame in [*source.decode(video=0), None] for packet in picture.encode(frame)]
+        source.seek(0)
+        resampler = av.AudioResampler(format='s16', layout='mono', rate=RATE)
+        pieces = [piece for frame in [*source.decode(audio=0), None] for piece in resampler.resample(frame)]
+        packets += [packet for piece in pieces for packet in sound.encode(piece)]
+        for packet in sorted(packets, key=lambda packet: float(packet.dts*packet.time_base)): out.mux(packet)
+    return (tmp_path/'film.avi').read_bytes()
+
+
+def test_avi_without_its_index_is_read_and_without_pictures_refused(tmp_path, avi):
+    movi, index = avi.index(b'movi'), avi.rindex(b'idx1')
+    whole = avi[:4] + struct.pack('<I', len(avi)) + avi[8:]
+    for content in (avi, whole, avi[:index], avi[:index + 100]):
+        (tmp_path/'a.avi').write_bytes(content)
+        film = read_recording(tmp_path/'a.avi', 10, 64, RATE)
+        assert len(film.planes) == 30
+        assert abs(np.flatnonzero(np.abs(film.waveform) > 0.1)[0]/RATE - 1) < 0.06
+    for end in (movi + 1000, (movi + index)//2, index - 10):
+        (tmp_path/'a.avi').write_bytes(avi[:end])
+        with pytest.raises(Rejection): read_recording(tmp_path/'a.avi', 10, 64, RATE)
