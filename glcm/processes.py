@@ -99,7 +99,7 @@ def remove_partials(
     output: Path, # whose lock is held
 ):
     "Remove what killed runs left half written of this output, and inside of it."
-    beside = (path for path in output.parent.iterdir() if path.name.startswith(f'.{output.name}.'))
+    beside = (path for path in output.parent.glob('.*.partial') if path.name.startswith(f'.{output.name}.'))
     for path in chain(beside, output.rglob('.*.partial')):
         if PARTIAL.fullmatch(path.name) and path.is_dir(): shutil.rmtree(path, ignore_errors=True)
 
