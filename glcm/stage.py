@@ -59,7 +59,10 @@ def run_stage(
     output: str | Path, # where the executed notebook goes; its folder is made
     parameters: dict, # name -> value, for the notebook's parameters
 ):
-    "Execute a notebook from the repository's root; raises `StageDied` if its process dies, papermill's error if a cell fails, `InputError` if this stage is running already."
+    """Execute a notebook from the repository's root.
+
+    Raises `StageDied` if its process dies, papermill's error if a cell fails, `InputError` if this stage is running already.
+    """
     for name, value in ENVIRONMENT.items(): os.environ.setdefault(name, value)
     how = dict(cwd='.', log_output=True, progress_bar=False, kernel_manager_class=StageKernel)
     try:

@@ -228,7 +228,8 @@ class Decoder:
             head, data = _receive(lambda size: self._read(size, deadline))
         except TimeoutError:
             self._replace()
-            raise Rejection('takes too long', f'{path.name}: no answer in {patience:g} s, which is {WAITING} x preprocess.time_limit + {DISK} s') from None
+            rule = f'{WAITING} x preprocess.time_limit + {DISK} s'
+            raise Rejection('takes too long', f'{path.name}: no answer in {patience:g} s, which is {rule}') from None
         except (EOFError, BrokenPipeError): raise _why_ended(self._replace(), path, seconds) from None
         if 'failed' in head: raise InputError(head['failed'])
         if 'rejected' in head: raise Rejection(*head['rejected'])
@@ -542,8 +543,9 @@ def _warn_of_passing(rejected: pd.DataFrame, out: Path):
     "Say how many clips are left out that need not be."
     passing = rejected[rejected.reason.isin(PASSING)]
     if passing.empty: return
-    warnings.warn(f'{len(passing)} clips are left out that another run may decode, for example {passing.detail.iloc[0]}. They are listed in {out}/rejected.csv: '
-                  f'raise preprocess.time_limit, or remove {out} and preprocess again')
+    remedy = f'raise preprocess.time_limit, or remove {out} and preprocess again'
+    warnings.warn(f'{len(passing)} clips are left out that another run may decode, for example {passing.detail.iloc[0]}. '
+                  f'They are listed in {out}/rejected.csv: {remedy}')
 
 # %% ../../nbs/10_data.preprocess.ipynb #027
 def _refuse_if_too_many(rejected: pd.DataFrame, total: int, limit: float, path: Path):

@@ -168,7 +168,7 @@ def checksum(
 
 # %% ../../nbs/09_data.shards.ipynb #019
 class Rows(Sequence):
-    "The lines of a JSON Lines file, parsed one at a time; memory is shared by all processes that map the file. Raises `InputError` for a line that is no JSON object."
+    "The lines of a JSON Lines file, each parsed when it is read, or an `InputError`; all processes share the memory."
     def __init__(self, path: Path):
         self.path = path
         with open(path, 'rb') as file:
