@@ -37,6 +37,7 @@ from .distributed import Ranks, handling, joined, launch
 from .encoders import frozen_statistics, reset_batchnorm_statistics
 from .losses import ALONE
 from .model import GLCM, Embeddings, glcm_loss
+from .processes import end_with_parent, only_run
 from .runs import (COLUMNS, MachineConfig, PretrainConfig, Resume, RunConfig, data_hash, differences, read_checkpoint,
                        run_config, run_hash, save_checkpoint)
 
@@ -219,7 +220,7 @@ def train(
     resume: str | Path, # folder for the state of this run while it is unfinished
 ) -> pd.DataFrame: # step, loss, global_loss, local_loss and lr of each step
     "Pretrain a model as this process's share of a run, or go on with a run that was interrupted, and write its checkpoint."
-    with joined() as ranks, stop_signals() as stop:
+    with joined() as ranks, stop_signals() as stop, only_run(out, resume) if ranks.rank == 0 else nullcontext():
         stores = [ClipStore(Path(clips)/name) for name in config.pretrain.datasets]
         data = data_hash(stores)
         if (done := _finished(out, config, data)) is not None: return done
@@ -352,6 +353,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument('--out', help='folder for checkpoint.pt and steps.csv (artifacts/pretrain/VARIANT-SEED)')
     parser.add_argument('--resume', help='folder for the state of the unfinished run (artifacts/.resume/VARIANT-SEED)')
     given = parser.parse_args(arguments)
+    if 'TORCHELASTIC_RUN_ID' in os.environ: end_with_parent() # which is torchrun
     name = f'{given.variant}-{given.seed}'
     try:
         params = read_params(given.params)

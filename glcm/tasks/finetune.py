@@ -27,7 +27,7 @@ from ..data.shards import ClipStore
 from ..data.planes import to_rgb
 from ..metrics import deepfake_scores, sentence_errors, sentence_scores
 from ..model import GLCM
-from ..runs import CODE, RunConfig, code_hash, data_hash, read_state, with_weights
+from ..runs import CODE, RunConfig, code_hash, data_hash, read_state, save_tensors, with_weights
 from .classify import Classifier
 from .protocol import LabelledWindows, Round, TaskConfig, batches_of, epoch_keys, parse_task, rounds, test_keys
 from .sentences import SentenceReader
@@ -165,7 +165,7 @@ def save_network(
 ):
     "Write a finetuned network, whole or not at all."
     about = dict(format=1, run=asdict(run), task=asdict(network.config), labels=getattr(network, 'labels', []))
-    with atomic_path(path) as scratch: torch.save(about | dict(weights=network.state_dict()), scratch)
+    save_tensors(path, about | dict(weights=network.state_dict()))
 
 def load_network(
     path: str | Path, # a file written by `save_network`
@@ -206,7 +206,7 @@ class Unfinished:
     ):
         "Keep the state, if it is time."
         if not now and time.monotonic() - self.written < 60*self.minutes: return
-        with atomic_path(self.path) as scratch: torch.save(state() | dict(format=1, about=self.about), scratch)
+        save_tensors(self.path, state() | dict(format=1, about=self.about))
         self.written = time.monotonic()
 
 TASK_CODE = [*CODE, 'data/catalogue', 'metrics', 'tasks/classify', 'tasks/features', 'tasks/finetune', 'tasks/protocol', 'tasks/sentences'] # modules that finetuning runs
