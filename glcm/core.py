@@ -220,7 +220,7 @@ def _sentence(error: dict, kind, values, name: str) -> str:
         message = str(error['ctx']['error'])
         return message if not where or where in message else f'{where}: {message}'
     if error['type'] == 'union_tag_invalid': where, value = f"{where}.{error['ctx']['discriminator'][1:-1]}", repr(error['ctx']['tag'])
-    if place and place[-1] == '[key]': where = f'a name in {above}'
+    if place and place[-1] == '[key]': where = f'a name in {_address(name, place[:-2])}'
     if not (wish := _wish(error)): return f'{where or "the file"}: {error["msg"]}'
     return f'{where or "the file"} should be {wish}, not {value}{_hint(error)}'
 

@@ -180,11 +180,16 @@ CLASSES = [AudioConfig, ClipConfig, FiguresConfig, GridConfig, LocalizeConfig, L
 
 def _meanings() -> dict: # beginning of the class's name, e.g. Loss -> parameter -> meaning
     "What the comments of the classes say."
-    return {cls.__name__.removesuffix('Config').removesuffix('Changes'): docments(cls) for cls in CLASSES}
+    meanings = {}
+    for cls in CLASSES:
+        parents = [docments(parent) for parent in reversed(cls.__mro__) if parent in CLASSES]
+        meanings[cls.__name__.removesuffix('Config').removesuffix('Changes')] = {k: v for comments in parents for k, v in comments.items() if v}
+    return meanings
 
 def schema() -> dict:
     "What a params.yaml may hold, as a JSON schema."
-    whole, meanings = TypeAdapter(Params).json_schema(), _meanings() | dict(Setting=docments(SentenceConfig))
+    whole, meanings = TypeAdapter(Params).json_schema(), _meanings()
+    meanings['Setting'] = meanings['Sentence']
     for name, part in [('Params', whole), *whole['$defs'].items()]:
         known = meanings.get(name.removesuffix('Config').removesuffix('Section').removesuffix('Changes'), {})
         for parameter, values in part['properties'].items():
@@ -209,4 +214,6 @@ def main(arguments: list[str] | None = None):
     with atomic_path(given.out) as out: out.write_text(f'{text}\n')
 
 # %% ../nbs/25a_params.ipynb #025
-if __name__ == '__main__' and __package__: main() # `python -m glcm.params`; a notebook is in no package
+if __name__ == '__main__' and __package__: # `python -m glcm.params`; a notebook is in no package
+    from glcm.params import main as run # of the module by its own name, under which the comments of its classes are found
+    run()
