@@ -25,6 +25,7 @@ help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
 
 repro: $(READY) data-present
+	@$(BIN)/python -m glcm.params check
 	@$(BIN)/dvc repro
 
 # The study has its own folder under results/; afterwards params.yaml is as it was.

@@ -7,12 +7,12 @@ __all__ = ['COUNTS', 'ALONE', 'mil_nce_global', 'mil_nce_local', 'LossConfig']
 
 # %% ../nbs/15_losses.ipynb #002
 import math
-from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, StrictBool, StrictFloat
 
-from .core import InputError
+from .core import Count, InputError, configuration
 from .distributed import Ranks
 
 # %% ../nbs/15_losses.ipynb #009
@@ -124,22 +124,13 @@ def mil_nce_local(
     return _mil_nce(z_v.permute(0, 2, 1).flatten(0, 1), slices, temperature, count_positives, block, ranks)
 
 # %% ../nbs/15_losses.ipynb #023
-@dataclass(frozen=True)
+@configuration
 class LossConfig:
     "How the embeddings are compared: the `loss` section of params.yaml."
-    temperature: float # divides every score, > 0; 1 for raw dot products
+    temperature: Annotated[StrictFloat, Field(gt=0, le=1_000_000)] # divides every score; 1 for raw dot products
     count_positives: Literal['once', 'twice'] # how often the positives stand in the denominator
-    local_weight: float # weight of the local loss, >= 0; 0 leaves it out (Table 5)
-    mil: bool # False: one averaged audio slice per step and plain InfoNCE in the local loss (Table 6)
-    normalize: bool # the embeddings have length one, as model.normalize says: so shall an average of them
-    block: int # anchors of the local loss in memory at once; 0: a few MB of them
+    local_weight: Annotated[StrictFloat, Field(ge=0, le=1000)] # weight of the local loss; 0 leaves it out (Table 5)
+    mil: StrictBool # False: one averaged audio slice per step and plain InfoNCE in the local loss (Table 6)
+    normalize: StrictBool # the embeddings have length one, as model.normalize says: so shall an average of them
+    block: Count # anchors of the local loss in memory at once; 0: a few MB of them
     negatives: Literal['batch', 'world'] # clips compared with: those of this process, or of all of them
-
-    def __post_init__(self):
-        if not self.temperature > 0:
-            raise InputError(f'loss.temperature {self.temperature} should be above zero')
-        if self.count_positives not in COUNTS:
-            raise InputError(f"loss.count_positives is 'once' or 'twice', not {self.count_positives!r}")
-        if not self.local_weight >= 0:
-            raise InputError(f'loss.local_weight {self.local_weight} should be zero or more')
-        if self.block < 0: raise InputError(f'loss.block {self.block} should be zero (automatic) or more')

@@ -6,51 +6,43 @@
 __all__ = ['KINETICS_MEAN', 'KINETICS_STD', 'ModelConfig', 'Embeddings', 'projection_head', 'GLCM', 'mean_slices', 'glcm_loss']
 
 # %% ../nbs/16_model.ipynb #002
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import torch
+from pydantic import Field, StrictBool, StrictFloat, StrictInt
 from torch import nn
 from torch.nn import functional as F
 
 from .attention import attention_map, attention_pool, mean_pool
-from .core import InputError
+from .core import InputError, configuration
 from .encoders import SPATIAL_STAGES, audio_resnet18, stage_strides, video_resnet18
 from .distributed import Ranks
 from .losses import ALONE, LossConfig, mil_nce_global, mil_nce_local
 
 # %% ../nbs/16_model.ipynb #005
-@dataclass(frozen=True)
+@configuration
 class ModelConfig:
     "What the network is: the `model` section of params.yaml."
     encoders: Literal['r3d', 'slow_fast'] # of the frames: two 3D-ResNet-18, or the released code's thinner pathways
-    width: int # channels of each encoder's first layer; 64 in the paper; of the fast pathway an eighth
-    embedding: int # size D of the embeddings
-    local_embedding: int # size D of the local ones; 0: the same
-    bands: int # mel bands F
-    global_frames: int # frames of the global view, evenly spaced over the clip
-    slices_per_step: int # audio slices M per visual step
-    mel_per_step: int # mel frames per visual step
-    grid: int # side of the global embeddings' grid, cells; 0: as the encoder gives it
-    global_stride: int # spatial stride of the global encoder, pixels per cell
-    local_stride: int # spatial stride of the local encoder, pixels per cell
+    width: Annotated[StrictInt, Field(ge=1, le=4_096)] # channels of each encoder's first layer; 64 in the paper; of the fast pathway an eighth
+    embedding: Annotated[StrictInt, Field(ge=1, le=65_536)] # size D of the embeddings
+    local_embedding: Annotated[StrictInt, Field(ge=0, le=65_536)] # size D of the local ones; 0: the same
+    bands: Annotated[StrictInt, Field(ge=1, le=1_024)] # mel bands F
+    global_frames: Annotated[StrictInt, Field(ge=1, le=10_000)] # frames of the global view, evenly spaced over the clip
+    slices_per_step: Annotated[StrictInt, Field(ge=1, le=10_000)] # audio slices M per visual step
+    mel_per_step: Annotated[StrictInt, Field(ge=1, le=100_000)] # mel frames per visual step
+    grid: Annotated[StrictInt, Field(ge=0, le=1_024)] # side of the global embeddings' grid, cells; 0: as the encoder gives it
+    global_stride: Annotated[StrictInt, Field(ge=1, le=1_024)] # spatial stride of the global encoder, pixels per cell
+    local_stride: Annotated[StrictInt, Field(ge=1, le=1_024)] # spatial stride of the local encoder, pixels per cell
     projection: Literal['none', 'linear', 'mlp'] # from features to embeddings
     pooling: Literal['attention', 'mean'] # of the local visual features
-    attention_temperature: float # divides the attention's scores, > 0
-    detach_attention: bool # True: the local loss does not train the attention
-    normalize: bool # L2-normalise the embeddings
+    attention_temperature: Annotated[StrictFloat, Field(gt=0, le=1_000_000)] # divides the attention's scores
+    detach_attention: StrictBool # True: the local loss does not train the attention
+    normalize: StrictBool # L2-normalise the embeddings
 
     def __post_init__(self):
-        for name in ('width', 'embedding', 'bands', 'global_frames', 'slices_per_step', 'mel_per_step'):
-            value = getattr(self, name)
-            if value < 1: raise InputError(f'model.{name} {value} should be 1 or more')
-        if self.encoders not in ('r3d', 'slow_fast'):
-            raise InputError(f"model.encoders should be 'r3d' or 'slow_fast', not {self.encoders!r}")
         if self.encoders == 'slow_fast' and self.width % 8:
             raise InputError(f'model.width {self.width} is not divisible by 8, as the fast pathway needs')
-        if self.local_embedding < 0:
-            raise InputError(f'model.local_embedding {self.local_embedding} should be 0 (as model.embedding) or more')
-        if self.grid < 0: raise InputError(f'model.grid {self.grid} should be 0 (no resampling) or more')
         if self.mel_per_step % self.slices_per_step:
             raise InputError(f'model.mel_per_step {self.mel_per_step} is not divisible by '
                              f'model.slices_per_step {self.slices_per_step}')
@@ -58,12 +50,6 @@ class ModelConfig:
         stage_strides(slice_length, SPATIAL_STAGES, 'model.mel_per_step / model.slices_per_step =')
         stage_strides(self.global_stride, SPATIAL_STAGES, 'model.global_stride')
         stage_strides(self.local_stride, SPATIAL_STAGES, 'model.local_stride')
-        if self.projection not in ('none', 'linear', 'mlp'):
-            raise InputError(f"model.projection should be 'none', 'linear' or 'mlp', not {self.projection!r}")
-        if self.pooling not in ('attention', 'mean'):
-            raise InputError(f"model.pooling should be 'attention' or 'mean', not {self.pooling!r}")
-        if not self.attention_temperature > 0:
-            raise InputError(f'model.attention_temperature {self.attention_temperature} should be above zero')
         if self.projection == 'none' and (self.encoders == 'slow_fast' or {self.embedding, self.local_embedding or self.embedding} != {8*self.width}):
             raise InputError(f'without projection model.encoders is r3d and model.embedding 8 * model.width = {8*self.width}, '
                              f'not {self.encoders} and {self.embedding}')

@@ -92,43 +92,61 @@ def test_second_run_does_nothing(project):
 def test_change_touches_just_its_stages(project, section, values, stages):
     before = (project/'params.yaml').read_text()
     change(project, section, **values)
-    try: assert to_run(project) == stages
+    try: assert to_run(project) == {'check'} | stages
     finally: (project/'params.yaml').write_text(before)
 
 
 def test_new_learning_rate_reruns_what_follows(project):
     before = (project/'params.yaml').read_text()
     change(project, 'pretrain', lr=0.0005)
-    try: assert ran(run(project, 'dvc', 'repro')) == {'pretrain', 'localize', 'finetune', 'figures'}
+    try: assert ran(run(project, 'dvc', 'repro')) == {'check', 'pretrain', 'localize', 'finetune', 'figures'}
     finally: (project/'params.yaml').write_text(before)
     run(project, 'dvc', 'repro')
     assert to_run(project) == set()
 
 
-def test_wrong_parameter_is_named_and_leaves_nothing(project):
-    before = (project/'params.yaml').read_text()
-    change(project, 'pretrain', lr='3e-4')
+def test_wrong_parameters_are_named_and_nothing_is_touched(project):
+    "All of them, by a stage before all others; what there is stays."
+    before, checkpoint = (project/'params.yaml').read_text(), project/'artifacts'/'pretrain'/'glcm-0'/'checkpoint.pt'
+    bytes_before = checkpoint.read_bytes()
+    change(project, 'pretrain', lr='3e-4', steps=-1)
     try:
         output = run(project, 'dvc', 'repro', 'pretrain@glcm-0', fails=True)
-        assert "pretrain.lr should be float, not '3e-4' (YAML reads 1e-3 as text" in output
-        assert not (project/'artifacts'/'pretrain'/'glcm-0').exists()
+        assert "pretrain.lr should be a number, not '3e-4' (YAML reads 1e-3 as text" in output and 'pretrain.steps should be 0 or more, not -1' in output
+        assert ran(output) == {'check'} and checkpoint.read_bytes() == bytes_before
     finally: (project/'params.yaml').write_text(before)
     run(project, 'dvc', 'repro')
-    assert (project/'artifacts'/'pretrain'/'glcm-0'/'checkpoint.pt').exists()
+    assert to_run(project) == set()
+
+
+@pytest.mark.parametrize('name', ["x'; touch PWNED; '", '$(touch PWNED)', 'a\ntouch PWNED\n', '../nbs', '..'])
+def test_names_reach_no_shell_and_leave_no_folder(project, name):
+    "Nor do they where the stages before are left out, and DVC alone sees the name before the stage does."
+    before = (project/'params.yaml').read_text()
+    params = yaml.safe_load(before)
+    (project/'params.yaml').write_text(yaml.safe_dump(params | dict(study=name), sort_keys=False))
+    try:
+        assert 'study should be a name of letters' in run(project, 'dvc', 'repro', '-s', 'figures', fails=True)
+        grid = params['grid'] | dict(variants=[name])
+        (project/'params.yaml').write_text(yaml.safe_dump(params | dict(grid=grid, variants={name: {}}), sort_keys=False))
+        assert 'should be' in run(project, 'dvc', 'repro', '-s', '-f', 'localize', fails=True) or '\n' in name
+    finally: (project/'params.yaml').write_text(before)
+    assert not list(project.rglob('PWNED')) and (project/'nbs'/'00_core.ipynb').exists() and (project/'results'/'default'/'tables.md').exists()
+    assert to_run(project) == set()
 
 
 def test_own_videos_are_enough_to_pretrain(tmp_path):
-    "A folder of films, a few lines of params.yaml, and one command."
+    "A folder of films, its name with a space, a few lines of params.yaml, and one command."
     folder, params = tmp_path/'project', tiny_params()
-    params['datasets'] = dict(holiday=dict(reader='folder', fps=10, short_side=64, max_rejected=0.5))
-    params['pretrain']['datasets'] = ['holiday']
-    params['grid'] = params['grid'] | dict(datasets=['holiday'])
+    params['datasets']['my holiday'] = dict(reader='folder', fps=10, short_side=64, max_rejected=0.5)
+    params['pretrain']['datasets'] = ['my holiday']
+    params['grid'] = params['grid'] | dict(datasets=['my holiday'], tasks={})
     copy_of_the_repository(folder, params)
     write_world(tmp_path/'world', workers=0, train=5, validate=0, speech=0, held_out=0, recordings=0)
     for k, film in enumerate(sorted((tmp_path/'world'/'kinetics700').rglob('*.mp4'))):
-        (folder/'data'/'holiday'/f'day {k//3}').mkdir(parents=True, exist_ok=True)
-        shutil.copy(film, folder/'data'/'holiday'/f'day {k//3}'/f'film {k}.mp4')
-    (folder/'data'/'holiday'/'notes.mp4').write_text('not a film')
-    assert ran(run(folder, 'dvc', 'repro', 'pretrain')) == {'preprocess', 'gather', 'pretrain'}
+        (folder/'data'/'my holiday'/f'day {k//3}').mkdir(parents=True, exist_ok=True)
+        shutil.copy(film, folder/'data'/'my holiday'/f'day {k//3}'/f'film {k}.mp4')
+    (folder/'data'/'my holiday'/'notes.mp4').write_text('not a film')
+    assert ran(run(folder, 'dvc', 'repro', 'pretrain')) == {'check', 'preprocess', 'gather', 'pretrain'}
     assert (folder/'artifacts'/'pretrain'/'glcm-0'/'checkpoint.pt').exists()
-    assert pd.read_csv(folder/'artifacts'/'clips'/'holiday'/'rejected.csv')[['clip', 'reason']].values.tolist() == [['notes.mp4', 'does not decode']]
+    assert pd.read_csv(folder/'artifacts'/'clips'/'my holiday'/'rejected.csv')[['clip', 'reason']].values.tolist() == [['notes.mp4', 'does not decode']]

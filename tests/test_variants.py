@@ -185,8 +185,8 @@ def test_floor_of_the_released_loss():
     ('model', dict(widht=5), "no parameter 'widht'"),
     ('loss', dict(temperature=0.0), 'temperature'),
     ('pretrain', dict(datasets=['kinetics']), 'kinetics'),
-    ('pretrain', dict(batch=1), 'negatives'),
-    ('views', dict(frames='16'), 'should be int'),
+    ('pretrain', dict(batch=1), 'batch should be 2 or more'),
+    ('views', dict(frames='16'), 'should be a whole number'),
 ])
 def test_impossible_parameters_are_refused_before_training(section, values, message):
     params = PARAMS | {section: PARAMS[section] | values}

@@ -6,26 +6,23 @@
 __all__ = ['LEVELS', 'AudioConfig', 'mel_to_hertz', 'mel_filters', 'mel_energies', 'log_mel', 'to_levels', 'from_levels']
 
 # %% ../../nbs/04_data.audio.ipynb #002
-from dataclasses import dataclass
 from functools import cache
+from typing import Annotated
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
+from pydantic import Field, StrictInt
 
-from ..core import InputError
+from ..core import InputError, configuration
 
 # %% ../../nbs/04_data.audio.ipynb #004
-@dataclass(frozen=True)
+@configuration
 class AudioConfig:
     "How sound becomes a log-mel spectrogram: the `audio` section of params.yaml."
-    sample_rate: int # samples per second, after mixing to mono
-    bands: int       # mel bands F
-    window: int      # samples per Fourier window
-    hop: int         # samples between spectrogram columns
-
-    def __post_init__(self):
-        for name in ('sample_rate', 'bands', 'window', 'hop'):
-            if getattr(self, name) < 1: raise InputError(f'audio.{name} should be at least 1, not {getattr(self, name)}')
+    sample_rate: Annotated[StrictInt, Field(ge=1_000, le=384_000)] # samples per second, after mixing to mono
+    bands: Annotated[StrictInt, Field(ge=1, le=1_024)]             # mel bands F
+    window: Annotated[StrictInt, Field(ge=2, le=65_536)]          # samples per Fourier window
+    hop: Annotated[StrictInt, Field(ge=1, le=65_536)]             # samples between spectrogram columns
 
     def mel_per_step(self, fps: int) -> int: # mel columns in one visual step
         "Mel columns per visual step at `fps`; raises `InputError` unless that is a whole number."

@@ -31,12 +31,13 @@ from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import Field, StrictBool, StrictFloat, StrictInt, StrictStr
 
-from ..core import InputError, atomic_path, inside, parse, progress
+from ..core import EXECUTOR, InputError, Name, Probability, Side, atomic_path, configuration, inside, parse, progress
 from ..processes import end_with_parent, only_run, remove_partials
 from .audio import AudioConfig, log_mel
 from .catalogue import training_order
@@ -48,47 +49,38 @@ from .shards import StoreConfig, checksum, pack_clip, write_index, write_shard
 from .video import Recording, read_recording
 
 # %% ../../nbs/10_data.preprocess.ipynb #005
-@dataclass(frozen=True)
+@configuration
 class ClipConfig:
     "How a dataset is decoded: its entry under `datasets` in params.yaml."
-    fps: int             # frames per second
-    short_side: int      # length of the frames' shorter side, or side of the lip or face crops, pixels
-    max_rejected: float  # fraction of unusable files above which preprocessing fails
-    reader: str | None = None  # which layout its folder has; default: the one called like the dataset
+    fps: Annotated[StrictInt, Field(ge=1, le=240)] # frames per second
+    short_side: Side           # length of the frames' shorter side, or side of the lip or face crops, pixels
+    max_rejected: Probability  # fraction of unusable files above which preprocessing fails
+    reader: Name | None = None # which layout its folder has; default: the one called like the dataset
     crop: Literal['none', 'lips', 'face'] = 'none' # what is kept of the frames; crops need glcm[faces]
     also: Literal['none', 'lips', 'face'] = 'none' # crops that are kept as well, in a folder of that name inside of the dataset's
     boxes: Literal['none', 'lips'] = 'none' # boxes to add for localization: around the lips of the face that speaks; needs glcm[faces]
-    sound: bool = True         # False: pictures alone are kept, and silent films are as good as others
-    clips: int | None = None   # so many clips of the training split, chosen at random, and no others; default: all of all splits
-    min_frames: int | None = None # frames that a clip needs at least; default: views.frames
+    sound: StrictBool = True   # False: pictures alone are kept, and silent films are as good as others
+    clips: Annotated[StrictInt, Field(ge=1, le=1_000_000_000)] | None = None # so many clips of the training split, chosen at random, and no others; default: all of all splits
+    min_frames: Annotated[StrictInt, Field(ge=1, le=100_000)] | None = None  # frames that a clip needs at least; default: views.frames
 
     def __post_init__(self):
-        if self.fps < 1: raise InputError(f'fps should be at least 1, not {self.fps}')
-        if self.short_side < 32 or self.short_side % 2:
-            raise InputError(f'short_side should be even and at least 32 pixels, not {self.short_side}')
         if self.also != 'none' and self.crop != 'none': raise InputError(f'crops of the {self.also} can be kept beside whole frames, not beside crops of the {self.crop}')
-        if not 0 <= self.max_rejected <= 1: raise InputError(f'max_rejected is a fraction, not {self.max_rejected}')
-        for name in ('clips', 'min_frames'):
-            if (value := getattr(self, name)) is not None and value < 1: raise InputError(f'{name} should be at least 1, not {value}')
 
-@dataclass(frozen=True)
+@configuration
 class PreprocessConfig:
     "Where files are decoded: the `preprocess` section of params.yaml."
-    executor: str = 'local'  # local: this machine; tcp://host:port: a Dask cluster
-    time_limit: float = 60.0 # seconds of processor time that decoding a file may take
+    executor: Annotated[StrictStr, Field(pattern=EXECUTOR, max_length=300)] = 'local' # local: this machine; tcp://host:port: a Dask cluster
+    time_limit: Annotated[StrictFloat, Field(gt=0, le=86_400)] = 60.0 # seconds of processor time that decoding a file may take
 
-    def __post_init__(self):
-        if self.time_limit <= 0: raise InputError(f'preprocess.time_limit should be above 0 seconds, not {self.time_limit}')
-
-@dataclass(frozen=True)
+@configuration
 class Settings:
     "All that decides how one clip is stored."
     clip: ClipConfig
     audio: AudioConfig
     store: StoreConfig
-    min_frames: int  # visual steps that a clip needs at least
-    sound_only: bool # whether the dataset has no pictures
-    seen: int | None = None # side of the square that the network sees of a crop of lips or faces, pixels; None: all of it
+    min_frames: Annotated[StrictInt, Field(ge=1, le=100_000)] # visual steps that a clip needs at least
+    sound_only: StrictBool # whether the dataset has no pictures
+    seen: Side | None = None # side of the square that the network sees of a crop of lips or faces, pixels; None: all of it
 
 # %% ../../nbs/10_data.preprocess.ipynb #007
 FACE_SIDE = 288 # pixels of the frames' shorter side in which faces are looked for

@@ -15,29 +15,25 @@ import os
 import tarfile
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import av
 import numpy as np
+from pydantic import Field, StrictInt
 
-from ..core import InputError
+from ..core import InputError, configuration
 from .audio import from_levels, to_levels
 from .planes import planes_of, to_rgb
 
 # %% ../../nbs/09_data.shards.ipynb #005
-@dataclass(frozen=True)
+@configuration
 class StoreConfig:
     "How clips are stored: the `store` section of params.yaml."
     container: Literal['h264', 'raw'] # small, or as large and as fast as it gets (for small datasets)
-    crf: int      # H.264 quality, 1 (best) to 51
-    keyframe: int # frames from one at which reading may begin to the next
-
-    def __post_init__(self):
-        if not 1 <= self.crf <= 51: raise InputError(f'store.crf is from 1 to 51, not {self.crf}')
-        if self.keyframe < 1: raise InputError(f'store.keyframe should be at least 1, not {self.keyframe}')
+    crf: Annotated[StrictInt, Field(ge=1, le=51)]        # H.264 quality, 1 (best) to 51
+    keyframe: Annotated[StrictInt, Field(ge=1, le=1_000)] # frames from one at which reading may begin to the next
 
 # %% ../../nbs/09_data.shards.ipynb #006
 def _as_frame(

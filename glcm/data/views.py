@@ -7,35 +7,32 @@ __all__ = ['ViewConfig', 'cropped', 'flipped', 'scaled', 'clip_views', 'StepSamp
            'training_batches']
 
 # %% ../../nbs/11_data.views.ipynb #002
-from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 import torch
+from pydantic import Field, StrictBool, StrictInt
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from ..core import InputError, generator
+from ..core import InputError, Probability, Side, configuration, generator
 from .lists import TRAINING, chance
 from .shards import ClipStore
 
 # %% ../../nbs/11_data.views.ipynb #004
-@dataclass(frozen=True)
+@configuration
 class ViewConfig:
     "Size and augmentation of the views: the `views` section of params.yaml."
-    frames: int        # frames of the local view, T
-    crop: int          # side of the square crop, pixels
-    jitter: bool       # whether a training view starts at a random time; the sound moves along
-    shift: int         # largest distance in time between a training view's picture and sound, steps; 0 in the paper
-    random_crop: bool  # whether a training view is cropped at a random place
-    flip: float        # probability of a horizontal flip, of the picture only
-    gray: float        # probability that a clip is shown in shades of gray
+    frames: Annotated[StrictInt, Field(ge=2, le=10_000)] # frames of the local view, T
+    crop: Side              # side of the square crop, pixels
+    jitter: StrictBool      # whether a training view starts at a random time; the sound moves along
+    shift: Annotated[StrictInt, Field(ge=0, le=5_000)] # largest distance in time between a training view's picture and sound, steps; 0 in the paper
+    random_crop: StrictBool # whether a training view is cropped at a random place
+    flip: Probability       # of a horizontal flip, of the picture only
+    gray: Probability       # that a clip is shown in shades of gray
 
     def __post_init__(self):
-        if self.frames < 2: raise InputError(f'views.frames should be at least 2, not {self.frames}')
-        if not 0 <= self.shift < self.frames//2:
-            raise InputError(f'views.shift should be from 0 to less than half of views.frames, not {self.shift}')
-        if self.crop < 32 or self.crop % 2: raise InputError(f'views.crop should be even and at least 32 pixels, not {self.crop}')
-        for name in ('flip', 'gray'):
-            if not 0 <= getattr(self, name) <= 1: raise InputError(f'views.{name} is a probability, not {getattr(self, name)}')
+        if self.shift >= self.frames//2:
+            raise InputError(f'views.shift should be less than half of views.frames = {self.frames}, not {self.shift}')
 
 # %% ../../nbs/11_data.views.ipynb #006
 def cropped(

@@ -1,0 +1,302 @@
+"""What a params.yaml may hold: every parameter has bounds, all mistakes are told at once, and no name leaves its folder."""
+import copy
+import json
+import operator
+import re
+import shlex
+from dataclasses import FrozenInstanceError
+
+import pytest
+import yaml
+from dvc.parsing.interpolate import to_str
+
+from glcm.core import InputError, read_params, root
+from glcm.data.audio import AudioConfig
+from glcm.data.preprocess import ClipConfig, PreprocessConfig
+from glcm.params import check_params, schema
+from glcm.stage import names_of
+
+FILES = 'params.yaml', 'params.paper.yaml', 'params.grid.yaml', 'params.esc10.yaml'
+PARAMS = read_params()
+BAD_NAMES = ['', '.', '..', '../x', 'a/../b', '/etc', 'a/b', 'a\\b', '-p', '--variant', '.hidden', 'a ', ' a', 'a\n', 'a\nb', 'a\0', 'a' * 101,
+             "x; touch PWNED", "x'; touch PWNED; '", 'x"y', '$(touch PWNED)', '${HOME}', '`touch PWNED`', 'a&b', 'a|b', 'a>b', 'a*', 'a?', 'a!', 'a#', '~', 'a%b', '{x}']
+
+
+def told(params):
+    "The mistakes of some parameters, a line each; none where they are accepted."
+    try: check_params(params)
+    except InputError as e: return str(e).splitlines()
+    return []
+
+
+# -- the files of the repository ---------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('file', FILES)
+def test_files_of_the_repository_are_right_and_read_as_they_stand(file):
+    sections = read_params(root()/file)
+    params = check_params(sections)
+    for name in ('audio', 'store', 'preprocess', 'views', 'pretrain', 'machine', 'grid', 'figures'):
+        values = vars(getattr(params, name))
+        assert {key: values[key] for key in sections[name]} == sections[name]
+    assert [params.datasets[name].fps for name in sections['datasets']] == [values['fps'] for values in sections['datasets'].values()]
+    assert params.model == sections['model'] and params.loss == sections['loss'] and params.study == sections['study']
+
+
+def test_schema_in_git_is_the_current_one():
+    made = json.loads((root()/'params.schema.json').read_text())
+    assert made == schema(), 'python -m glcm.params schema --out params.schema.json'
+    assert all((root()/file).read_text().startswith('# yaml-language-server: $schema=params.schema.json\n') for file in FILES)
+
+
+def test_every_parameter_has_a_meaning():
+    parts = {name: part for name, part in schema()['$defs'].items()} | dict(Params=schema())
+    assert [f'{name}.{key}' for name, part in parts.items() for key, values in part['properties'].items() if 'description' not in values] == []
+
+
+# -- mutations ---------------------------------------------------------------------------------------------------------
+
+WRONG = dict(
+    text='abc', digits='3', true=True, list=[1], section=dict(a=1), null=None, negative=-1, small_negative=-0.5, zero=0, half=2.5, huge=10**12,
+    huge_float=1e300, longer_than_a_float=10**400, infinite=float('inf'), minus_infinite=float('-inf'), nan=float('nan'))
+MAY_BE_NULL = {'clips', 'min_frames', 'reader'}
+MAY_BE_ZERO = {
+    'seeds', 'max_rejected', 'shift', 'flip', 'gray', 'local_embedding', 'grid', 'local_weight', 'block', 'steps', 'warmup_steps', 'weight_decay',
+    'workers', 'restarts', 'checkpoint_minutes', 'frozen', 'frames'}
+REQUIRED = 'audio', 'store', 'views', 'model', 'loss', 'pretrain', 'machine', 'localize', 'figures'
+
+
+def leaves(values, place=()):
+    "Places of all values that are no sections or lists, and of empty ones."
+    items = values.items() if isinstance(values, dict) else enumerate(values)
+    for name, value in items:
+        if isinstance(value, (dict, list)) and value: yield from leaves(value, (*place, name))
+        else: yield (*place, name)
+
+
+def at(values, place):
+    for part in place: values = values[part]
+    return values
+
+
+def without_aliases(values):
+    if isinstance(values, dict): return {name: without_aliases(value) for name, value in values.items()}
+    return [without_aliases(value) for value in values] if isinstance(values, list) else values
+
+
+MUTABLE = without_aliases(PARAMS)
+PLACES = [(place, at(MUTABLE, place)) for place in leaves(MUTABLE)]
+
+
+def told_with(place, change):
+    "The mistakes when `change` is made to the section or list that holds the value at `place`."
+    holder = at(MUTABLE, place[:-1])
+    before = copy.copy(holder)
+    change(holder)
+    try: return told(MUTABLE)
+    finally:
+        holder.clear()
+        holder.update(before) if isinstance(before, dict) else holder.extend(before)
+
+
+def parameter(place): return next(part for part in reversed(place) if isinstance(part, str))
+
+
+def is_not_looked_up(place):
+    "Free texts, and names in what the grid does not run."
+    return place[0] in ('study', 'grids') or place == ('figures', 'data') or place[0] == 'variants' and 'datasets' in place
+
+
+def may_be(kind, place, original):
+    "Whether a value of this kind makes sense for the parameter at `place`."
+    if kind in ('text', 'digits'): return isinstance(original, str) and is_not_looked_up(place)
+    if kind == 'true': return isinstance(original, bool)
+    if kind == 'null': return parameter(place) in MAY_BE_NULL
+    if kind == 'zero': return parameter(place) in MAY_BE_ZERO and not isinstance(original, bool)
+    return kind == 'half' and isinstance(original, float)
+
+
+@pytest.mark.parametrize('kind', WRONG)
+def test_each_leaf_with_a_value_of_another_kind(kind):
+    for place, original in PLACES:
+        lines = told_with(place, lambda holder: operator.setitem(holder, place[-1], WRONG[kind]))
+        assert lines or may_be(kind, place, original), f'{kind} is accepted at {place}'
+        assert all(len(line) < 800 for line in lines)
+        if lines: assert parameter(place) in ' '.join(lines), (place, lines)
+
+
+def test_each_leaf_left_out():
+    for place, original in PLACES:
+        lines = told_with(place, lambda holder: holder.pop(place[-1]))
+        if isinstance(place[-1], str) and place[0] in (*REQUIRED, 'study'): assert lines and parameter(place) in ' '.join(lines), place
+
+
+def test_each_parameter_misspelt():
+    "The message says which name was meant."
+    found = 0
+    for place, original in PLACES:
+        if not isinstance(place[-1], str) or place[0] in ('grid', 'grids') or place[:2] == place and place[0] in ('variants', 'settings'): continue
+        name = place[-1]
+        lines = told_with(place, lambda holder: holder.update({f'{name}x': holder.pop(name)}))
+        assert f"no parameter '{name}x': did you mean '{name}'?" in ' '.join(lines) \
+            or 'in choose may differ' in ' '.join(lines) or name == 'target', (place, lines)
+        found += 1
+    assert found > 150
+
+
+def test_each_section_left_out_or_of_another_kind():
+    for name in PARAMS:
+        for value in (None, 0, 'abc', [], [1], True, {}, {1: 2}, {'a b': 'c'}, {None: None}):
+            lines = told(PARAMS | {name: value})
+            assert lines and name in ' '.join(lines) or (name, value) in [('grids', {}), ('preprocess', {}), ('study', 'abc')], (name, value)
+        assert told({section: values for section, values in PARAMS.items() if section != name}) or name == 'grids'
+
+
+@pytest.mark.parametrize('section', ['datasets', 'variants', 'finetune', 'settings', 'grids'])
+@pytest.mark.parametrize('value', [None, 0, 'abc', [], [1], True])
+def test_each_row_of_another_kind(section, value):
+    for name in PARAMS[section]:
+        lines = told(PARAMS | {section: PARAMS[section] | {name: value}})
+        assert any(f'{section}.{name} should be a section' in line for line in lines), (name, lines)
+
+
+# -- many mistakes ------------------------------------------------------------------------------------------------------
+
+def test_all_mistakes_are_told_at_once():
+    params = copy.deepcopy(PARAMS)
+    params['loss']['temperature'] = float('inf')
+    params['model']['widht'] = params['model'].pop('width')
+    params['machine']['gpus'] = '1'
+    params['variants']['paper']['views']['shift'] = -3
+    params['settings']['tenth']['labels'] = 10
+    params['grid']['variants'] = ['glcm', 'sratch']
+    params['datasets']['holiday'] = dict(fps=10, short_side=64, max_rejected=0.1)
+    lines = told(params)
+    for text in ('loss.temperature should be a finite number, not .inf', "model has no parameter 'widht': did you mean 'width'?", "model lacks 'width'",
+                 "machine.gpus should be a whole number, not '1'", 'variants.paper.views.shift should be 0 or more, not -3',
+                 'settings.tenth.labels should be 1 or less, not 10', 'datasets.holiday.reader should say which layout'):
+        assert sum(text in line for line in lines) == 1, (text, lines)
+    params = copy.deepcopy(PARAMS)
+    params['grid'] |= dict(variants=['glcm', 'sratch'], tasks=dict(lrw=['plain']))
+    params['localize']['dataset'] = 'vgss'
+    lines = told(params)
+    for text in ("grid.variants names 'sratch', which `variants` has not: did you mean 'scratch'?", "grid.tasks names 'lrw', which `grid.datasets` has not",
+                 "localize.dataset names 'vgss', which `datasets` has not: did you mean 'vggss'?"):
+        assert sum(text in line for line in lines) == 1, (text, lines)
+
+
+@pytest.mark.parametrize('section, values, message', [
+    ('variants', dict(glcm=dict(views=dict(frames=18))), 'cannot be spread evenly over views.frames = 18 (variant glcm)'),
+    ('variants', dict(scratch=dict(model=dict(slices_per_step=5))), 'is not divisible by'),
+    ('variants', dict(glcm=dict(pretrain=dict(datasets=['flickr_soundnet']))), "pretrain.datasets names 'flickr_soundnet', which `grid.datasets` has not"),
+    ('variants', dict(glcm=dict(model=dict(bands=3))), "variants.glcm.model has no parameter 'bands'"),
+    ('settings', dict(plain=dict(frames=0)), 'with audio, frames should say how long a window is'),
+    ('settings', dict(plain=dict(layers=3)), "no parameter 'layers'"),
+    ('settings', dict(plain=dict(choose=[dict(lr=-1)])), 'choose[0].lr should be above 0, not -1'),
+])
+def test_what_is_wrong_only_after_merging(section, values, message):
+    lines = told(PARAMS | {section: PARAMS[section] | values})
+    assert any(message in line for line in lines), lines
+
+
+# -- names ---------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('name', BAD_NAMES)
+def test_names_that_would_reach_a_shell_or_leave_a_folder(name):
+    "Refused where the file is read, and by each stage once more."
+    grid = PARAMS['grid']
+    for params, where in (
+            (PARAMS | dict(study=name), 'study'),
+            (PARAMS | dict(datasets=PARAMS['datasets'] | {name: PARAMS['datasets']['esc50']}), 'datasets'),
+            (PARAMS | dict(variants=PARAMS['variants'] | {name: {}}), 'variants'),
+            (PARAMS | dict(finetune=PARAMS['finetune'] | {name: PARAMS['finetune']['esc50']}), 'finetune'),
+            (PARAMS | dict(settings=PARAMS['settings'] | {name: {}}), 'settings'),
+            (PARAMS | dict(localize=dict(dataset=name)), 'localize.dataset'),
+            *((PARAMS | dict(grid=grid | {part: [name]}), f'grid.{part}[0]') for part in ('datasets', 'variants')),
+            (PARAMS | dict(grid=grid | dict(tasks={name: ['plain']})), 'grid.tasks'),
+            (PARAMS | dict(grid=grid | dict(tasks=dict(esc50=[name]))), 'grid.tasks.esc50[0]')):
+        assert any(line.removeprefix('params.yaml: ').strip().startswith((f'{where} should be', f'a name in {where} should be')) for line in told(params)), where
+    for option in ('dataset', 'variant', 'task'):
+        with pytest.raises(InputError, match=f'^{option} should be'): names_of({option: name}, PARAMS)
+    with pytest.raises(InputError, match='^study should be'): names_of({}, PARAMS | dict(study=name))
+    with pytest.raises(InputError, match='^localize.dataset should be'): names_of({}, PARAMS | dict(localize=dict(dataset=name)))
+
+
+def test_names_with_spaces_are_good():
+    params = copy.deepcopy(PARAMS)
+    params['study'] = 'my study 1.0'
+    params['datasets']['my films'] = params['datasets']['kinetics700'] | dict(reader='folder')
+    params['variants']['my-variant_2'] = {}
+    params['grid'] |= dict(datasets=[*params['grid']['datasets'], 'my films'], variants=['my-variant_2'])
+    params['localize']['dataset'] = 'my films'
+    assert told(params) == []
+
+
+def test_commands_get_names_from_nothing_but_the_dictionary_that_dvc_quotes():
+    stages = yaml.safe_load((root()/'dvc.yaml').read_text())['stages']
+    for name, stage in stages.items():
+        words = [word for word in shlex.split(stage['cmd'][0] if isinstance(stage['cmd'], list) else stage['cmd']) if '$' in word]
+        assert set(words) <= {'${run}', '${item}'}, (name, words)
+    for name in BAD_NAMES: assert shlex.split(to_str(dict(dataset=name))) == ['--dataset', name]
+
+
+def test_every_stage_comes_after_the_check():
+    "What a stage depends on leads to the check of the parameters."
+    stages = yaml.safe_load((root()/'dvc.yaml').read_text())['stages']
+    outs = {(next(iter(out)) if isinstance(out, dict) else out).split('$')[0].rstrip('/'): name for name, stage in stages.items() for out in stage['outs']}
+    def before(name): return {outs[path.split('$')[0].rstrip('/')] for path in stages[name]['deps'] if path.split('$')[0].rstrip('/') in outs}
+    for name in stages:
+        seen, todo = set(), [name]
+        while todo:
+            seen.add(one := todo.pop())
+            todo += before(one) - seen
+        assert 'check' in seen, name
+
+
+def test_what_is_named_by_a_name_alone_is_not_removed_by_dvc():
+    "Of these paths DVC would remove whatever `..` makes of them, before a stage begins."
+    stages = yaml.safe_load((root()/'dvc.yaml').read_text())['stages']
+    for stage in stages.values():
+        for out in stage['outs']:
+            path, options = next(iter(out.items())) if isinstance(out, dict) else (out, {})
+            assert not path.endswith('}') or options.get('persist') or path.endswith('-${item.seed}'), path
+
+
+# -- YAML ----------------------------------------------------------------------------------------------------------------
+
+LAUGHS = 'a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n' + ''.join(f'a{k}: &a{k} [{", ".join([f"*a{k - 1}"]*10)}]\n' for k in range(1, 30))
+
+@pytest.mark.parametrize('text, message', [
+    (b'', 'is empty'), (b'# nothing\n', 'is empty'), (b'- 1\n- 2\n', 'should hold sections'), (b'abc', 'should hold sections'), (b'12', 'should hold sections'),
+    (b'a: 1\nb: 2\na: 3\n', "line 1: 'a' stands 2 times"), (b'a:\n  b: 1\n  b: 1\n', "line 2: 'b' stands 2 times"), (b'a: {b: 1, b: 2}', "'b' stands 2 times"),
+    (b'a: &a [*a]\n', 'holds itself'), (b'a: &a {b: *a}\n', 'holds itself'), (b'a: &a\n  b: {c: [*a]}\n', 'holds itself'), (b'a: *b\n', 'undefined alias'),
+    (LAUGHS.encode(), 'once its aliases are written out'), (b'a: "\xe9"\n', 'UTF-8'), ('a: é\n'.encode('utf-16'), 'UTF-8'), (b'\xff\xfe', 'UTF-8'),
+    (b'a:\n\tb: 1\n', 'line 2'), (b'a: [1, 2\n', 'not valid YAML'), (b'a: 1\n b: 2\n', 'not valid YAML'), (b'a: !!python/object/apply:os.system [ls]\n', 'not valid YAML'),
+    (b'a: 1\n---\nb: 2\n', 'not valid YAML'), (b'a: \x00\n', 'not valid YAML'), (b'[' * 1000, 'nested too deeply'), (b'{a: ' * 5000, 'nested too deeply'),
+    (b'a: ' + b'9' * 5000, 'cannot be read'), (b'a: 2026-02-30\n', 'cannot be read'), (b'a: !!bool maybe\n', 'cannot be read'), (b'a: !!int x\n', 'cannot be read'),
+    (b'a: ' + b'x' * 2_000_000, 'has 2000003 bytes'), ('a: x\u0085# y\n'.encode(), 'U+0085'), ('a: x\u2028b: y\n'.encode(), 'U+2028'), (b'? [1]\n: 2\n', 'not valid YAML')])
+def test_a_yaml_file_that_is_none(tmp_path, text, message):
+    "One sentence each, at once."
+    (tmp_path/'params.yaml').write_bytes(text)
+    with pytest.raises(InputError, match=re.escape(message)) as raised: read_params(tmp_path/'params.yaml')
+    assert str(raised.value).startswith(str(tmp_path)) and '\n' not in str(raised.value) and len(str(raised.value)) < 400
+
+
+def test_no_file_and_a_folder(tmp_path):
+    with pytest.raises(InputError, match='does not exist'): read_params(tmp_path/'params.yaml')
+    with pytest.raises(InputError, match='cannot be read'): read_params(tmp_path)
+
+
+@pytest.mark.parametrize('text', [b'\xef\xbb\xbfa: 1\r\nb: &x {c: 1}\r\nd: *x\r\n', b'a: 1\nb: &x {c: 1}\nd:\n  <<: *x\n'])
+def test_what_editors_and_people_write_is_read(tmp_path, text):
+    "A byte order mark, line ends of Windows, aliases and merged sections."
+    (tmp_path/'params.yaml').write_bytes(text)
+    assert read_params(tmp_path/'params.yaml') == dict(a=1, b=dict(c=1), d=dict(c=1))
+
+
+# -- classes in Python ---------------------------------------------------------------------------------------------------
+
+def test_configurations_made_in_python_are_checked_too():
+    for make in (lambda: ClipConfig(0, 64, 0.1), lambda: ClipConfig(fps=10, short_side=63, max_rejected=0.1), lambda: AudioConfig(24000, 80, 1024, '200'),
+                 lambda: PreprocessConfig(time_limit=float('nan')), lambda: PreprocessConfig('tcp://nowhere'), lambda: PreprocessConfig(limit=3)):
+        with pytest.raises(InputError): make()
+    with pytest.raises(FrozenInstanceError): ClipConfig(10, 64, 0.1).fps = 3
