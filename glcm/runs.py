@@ -9,6 +9,7 @@ __all__ = ['COLUMNS', 'PretrainConfig', 'RunConfig', 'run_config', 'MachineConfi
 
 # %% ../nbs/17_runs.ipynb #002
 import ast
+import ast
 import hashlib
 import json
 import os
