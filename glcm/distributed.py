@@ -117,7 +117,8 @@ def launch(
     restarts: int = 0, # how often all are started again after a failure
 ):
     "Run a program in several processes by torchrun, their output shown here; raises `RuntimeError` if they fail."
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', f'--nproc-per-node={processes}', f'--max-restarts={restarts}',
+    program = f'from glcm.processes import end_with_parent; end_with_parent({os.getpid()}); from torch.distributed.run import main; main()'
+    command = [sys.executable, '-c', program, '--standalone', f'--nproc-per-node={processes}', f'--max-restarts={restarts}',
                '--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1', *arguments]
     fresh = dict(TORCH_DISABLE_SHARE_RDZV_TCP_STORE='1') # else processes that are started again find the addresses of the dead ones
     process = subprocess.Popen(command, env=os.environ | fresh, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

@@ -28,7 +28,7 @@ from ..data.shards import ClipStore
 from ..data.video import to_rgb
 from ..metrics import deepfake_scores, sentence_errors, sentence_scores
 from ..model import GLCM
-from ..runs import RunConfig, code_hash, data_hash, read_state, with_weights
+from ..runs import RunConfig, code_hash, data_hash, read_state, save_tensors, with_weights
 from .classify import Classifier
 from .features import TaskNetwork
 from .protocol import TaskConfig, parse_task

@@ -10,11 +10,12 @@ __all__ = ['SYNC_NEEDS_GPUS', 'UNTRAINED_BATCHES', 'Stopped', 'stop_signals', 'r
 import argparse
 import hashlib
 import json
+import os
 import signal
 import sys
 import time
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from ..data.views import TrainingViews, training_batches, training_clips
 from ..distributed import Ranks, handling, joined, launch
 from ..encoders import reset_batchnorm_statistics
 from ..model import GLCM
+from ..processes import end_with_parent, only_run
 from ..runs import (COLUMNS, MachineConfig, Resume, RunConfig, data_hash, differences, read_checkpoint,
                        run_config, run_hash, save_checkpoint)
 from .meter import StepMeter, clip_teraflops, expected_duration, step_report
@@ -257,7 +259,7 @@ def train(
 ) -> pd.DataFrame: # step, loss, global_loss, local_loss and lr of each step
     "Pretrain as one process of a run, resume it where it was interrupted, and write its checkpoint."
     out = Path(out)
-    with joined() as ranks, stop_signals() as stop_requests:
+    with joined() as ranks, stop_signals() as stop_requests, only_run(out, resume) if ranks.rank == 0 else nullcontext():
         stores = [ClipStore(Path(clips)/name) for name in config.pretrain.datasets]
         data = data_hash(stores)
         finished = read_finished(out, config, data)
@@ -319,6 +321,8 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None):
     "Pretrain as one process of `torchrun`, or alone: `python -m glcm.training.pretrain --help`."
     options = _parser().parse_args(arguments)
+    if 'TORCHELASTIC_RUN_ID' in os.environ: # the parent is torchrun
+        end_with_parent()
     name = f'{options.variant}-{options.seed}'
     out = options.out or f'artifacts/pretrain/{name}'
     resume = options.resume or f'artifacts/.resume/{name}'
