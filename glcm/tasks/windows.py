@@ -53,8 +53,8 @@ class WindowKey(NamedTuple):
     "The address of a window."
     epoch: int
     clip: int           # number in the store
-    time: float         # 0: from the clip's beginning; 1: up to its end
-    place: float | None # of the square along the longer side, in 0..1; None: a random place, and perhaps a mirror image
+    time: float = 0.5   # 0: from the clip's beginning; 1: up to its end
+    place: float | None = None # of the square along the longer side, in 0..1; None: a random place, and perhaps a mirror image
 
 # %% ../../nbs/43_tasks.windows.ipynb #009
 class LabelledWindows(Dataset):
