@@ -30,7 +30,7 @@ from .data.views import ViewConfig
 from .losses import LossConfig
 from .model import ModelConfig
 from .runs import MachineConfig, PretrainConfig, run_config
-from .tasks.protocol import SentenceConfig, Task, TaskConfig, task_config
+from .tasks.config import SentenceConfig, Task, TaskConfig, task_config
 
 # %% ../nbs/25a_params.ipynb #005
 Names = Annotated[list[Name], Field(min_length=1)]

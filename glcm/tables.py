@@ -23,7 +23,7 @@ import pandas as pd
 from .core import InputError, atomic_path
 from .metrics import paired_difference, read_predictions, synchronisation_scores, task_scores
 from .tasks.localize import summarise
-from .tasks.protocol import TaskConfig, task_config
+from .tasks.config import TaskConfig, task_config
 
 # %% ../nbs/27_tables.ipynb #005
 def read_cell(
@@ -87,7 +87,7 @@ def input_name(
     config: TaskConfig,
 ) -> str: # such as lip_crop, full_frame+attention, face_crop+sound or sound
     "What a network saw and heard."
-    if not config.sees: return 'sound'
+    if not config.uses_video: return 'sound'
     return f'{config.input}+sound' if config.modality == 'video+audio' else config.input
 
 def share_of_labels(

@@ -17,9 +17,9 @@ from .data.preprocess import ClipConfig, preprocess
 from .data.shards import ClipStore, StoreConfig
 from .tasks.localize import localize, synchronise
 from .tasks.finetune import finetune
-from .tasks.protocol import task_config
+from .tasks.config import task_config
 from .runs import load_model
-from .train import pretrain
+from .training.pretrain import pretrain
 
 # %% ../nbs/29_testing.ipynb #004
 def tiny_params() -> dict: # sections of params.yaml

@@ -26,7 +26,8 @@ STEP = textwrap.dedent('''
     from glcm.model import GLCM
     from glcm.runs import MachineConfig, run_config
     from glcm.testing import tiny_params
-    from glcm.train import _prepared, training_step
+    from glcm.training.pretrain import wrap_network
+    from glcm.training.step import training_step
     out, *how = sys.argv[1:]
     params = override(tiny_params(), dict(pretrain=dict(precision='float32', batch=8)), 'test')
     machine = parse(MachineConfig, params['machine'] | {name: True for name in how}, 'machine')
@@ -43,12 +44,12 @@ STEP = textwrap.dedent('''
             changed = override(params, changes.get(variant, {}), 'test')
             config = run_config(changed, 'glcm' if variant in changes else variant, 0)
             model = GLCM(config.model).double().to(memory_format=torch.channels_last_3d)
-            network = _prepared(model, config, machine, ranks).eval() # frozen batch norm: it would look at fewer clips
+            network = wrap_network(model, config, machine, ranks).eval() # frozen batch norm: it would look at fewer clips
             batch = dict(planes=torch.randint(0, 256, (8, 16, 84, 56), dtype=torch.uint8), audio=torch.randn(8, 80, 192, dtype=torch.float64),
                          shift=torch.randint(-config.views.shift, config.views.shift + 1, (8,)))
             batch = {name: value[ranks.rank::ranks.size] for name, value in batch.items()}
             optimizer = torch.optim.SGD(model.parameters(), 0.)
-            values = training_step(network, optimizer, batch | dict(clip=['clip']*8), config, 0, torch.device('cpu'), ranks)
+            values = training_step(network, optimizer, batch | dict(clip=['clip']*8), config, 0, ranks)
             gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
             result[variant] = dict(values=values, gradients=gradients)
         if ranks.rank == 0: torch.save(result, out)
@@ -68,10 +69,10 @@ TRAIN = textwrap.dedent('''
     """The tiny run, slowed down; rank 1 may die before step 3, once."""
     import os, signal, sys, time
     from pathlib import Path
-    import glcm.train
+    import glcm.training.pretrain
     from test_resume import tiny_train
     folder, out, resume, deadly = sys.argv[1:]
-    original = glcm.train.training_step
+    original = glcm.training.pretrain.training_step
     def step(*args):
         mark = Path(folder, resume + '.dead')
         if deadly == 'deadly' and args[4] == 3 and os.environ.get('RANK') == '1' and not mark.exists():
@@ -79,7 +80,7 @@ TRAIN = textwrap.dedent('''
             os.kill(os.getpid(), signal.SIGKILL)
         if deadly == 'slow': time.sleep(0.5)
         return original(*args)
-    glcm.train.training_step = step
+    glcm.training.pretrain.training_step = step
     tiny_train(folder, out, resume, batch=4)
 ''')
 

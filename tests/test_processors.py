@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from glcm.core import root
-from glcm.train import has_bfloat16, reduced_precision
+from glcm.training.step import has_bfloat16, reduced_precision
 
 INSTRUCTIONS = 'AVX2', 'AVX512_CORE', 'AVX512_CORE_BF16', 'DEFAULT'
 
@@ -69,7 +69,7 @@ import torch
 from glcm.core import override, read_params
 from glcm.model import GLCM
 from glcm.runs import run_config
-from glcm.train import training_step
+from glcm.training.step import training_step
 for precision in ('float32', 'bfloat16'):
     config = run_config(override(read_params(), dict(pretrain=dict(batch=2, precision=precision)), 'the test'), 'glcm', 0)
     torch.manual_seed(0)
@@ -78,7 +78,7 @@ for precision in ('float32', 'bfloat16'):
     frames, side = config.views.frames, config.views.crop
     batch = dict(planes=torch.randint(0, 256, (2, frames, side*3//2, side), dtype=torch.uint8), audio=torch.randn(2, 80, 12*frames),
                  shift=torch.zeros(2, dtype=torch.long), clip=list('ab'))
-    print(*(training_step(model, optimizer, batch, config, step, torch.device('cpu'))['loss'] for step in range(2)))
+    print(*(training_step(model, optimizer, batch, config, step)['loss'] for step in range(2)))
 '''
     done = run(instructions, '-c', code)
     assert done.returncode == 0, done.stderr[-500:]

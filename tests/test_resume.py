@@ -11,14 +11,14 @@ import torch
 from glcm.core import InputError, override, parse, root
 from glcm.runs import MachineConfig, load_model, run_config
 from glcm.testing import tiny_clips, tiny_params
-from glcm.train import train
+from glcm.training.pretrain import train
 
 SCRIPT = textwrap.dedent('''
     import os, signal, sys
-    import glcm.runs, glcm.train
+    import glcm.runs, glcm.training.pretrain
     from test_resume import tiny_train
     folder, kill_at, where = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    module = glcm.runs if where == 'save_checkpoint' else glcm.train
+    module = glcm.runs if where == 'save_checkpoint' else glcm.training.pretrain
     original = getattr(module, where)
     calls = 0
     def deadly(*args, **kwargs):

@@ -10,7 +10,7 @@ from glcm.core import read_params, root
 from glcm.data.miniature import write_world
 from glcm.tables import (PAPER_METRICS, TASK_COLUMNS, input_name, paper_tables, read_layout, read_reported, share_of_labels, task_metrics,
                          variant_differences)
-from glcm.tasks.protocol import settings_of, task_config
+from glcm.tasks.config import settings_of, task_config
 
 REPORTED = read_reported(root()/'nbs'/'reported.csv')
 LAYOUT = read_layout(root()/'nbs'/'layout.csv', REPORTED)

@@ -18,9 +18,11 @@ from glcm.model import GLCM
 from glcm.runs import run_config
 from glcm.tasks.classify import Classifier
 from glcm.tasks.features import Features
-from glcm.tasks.finetune import FrozenWindows, Unfinished, decay_groups, finetune, fit, given, judged, load_network, shown
-from glcm.tasks.protocol import LabelledWindows, batches_of, padded, settings_of, task_config
-from glcm.tasks.sentences import CHARACTERS, MARK, SentenceReader, beam_search, spelled
+from glcm.tasks.finetune import (CachedFeatures, FinetuneState, decay_groups, finetune, fit, forward_batch, load_network,
+                                 predict_clips, to_inputs)
+from glcm.tasks.config import settings_of, task_config
+from glcm.tasks.windows import LabelledWindows, collate_windows, window_batches
+from glcm.tasks.sentences import CHARACTERS, BLANK, SentenceRecognizer, beam_search, encode_text
 from glcm.testing import tiny_clips, tiny_params
 
 PARAMS = tiny_params()
@@ -151,17 +153,17 @@ def test_sentences_are_chosen_by_the_lower_word_error_rate(three_sides, tmp_path
 def test_a_run_that_is_cut_between_candidates_resumes_with_the_best_so_far(three_sides, tmp_path):
     choosing = replace(config(), choose=[dict(lr=0.01, epochs=3), dict(lr=1e-6)])
     wanted = finetune(*new_model(), three_sides, choosing, 0)
-    state = Unfinished(tmp_path/'state.pt')
+    state = FinetuneState(tmp_path/'state.pt')
     def save(more, now=False, real=state.save):
         real(more, now)
         if len(more()['choices']) == 1: raise KeyboardInterrupt
     state.save = save
-    with pytest.raises(KeyboardInterrupt): finetune(*new_model(), three_sides, choosing, 0, unfinished=state)
+    with pytest.raises(KeyboardInterrupt): finetune(*new_model(), three_sides, choosing, 0, state=state)
     left = torch.load(tmp_path/'state.pt', weights_only=True)
     assert left['choices'][0]['candidate'] == 'lr: 0.01, epochs: 3' and 'best' in left
-    assert finetune(*new_model(), three_sides, choosing, 0, unfinished=Unfinished(tmp_path/'state.pt')).equals(wanted)
+    assert finetune(*new_model(), three_sides, choosing, 0, state=FinetuneState(tmp_path/'state.pt')).equals(wanted)
     other = replace(choosing, choose=choosing.choose[::-1])
-    finetune(*new_model(), three_sides, other, 0, unfinished=Unfinished(tmp_path/'state.pt'))
+    finetune(*new_model(), three_sides, other, 0, state=FinetuneState(tmp_path/'state.pt'))
     assert torch.load(tmp_path/'state.pt', weights_only=True)['choices'][0]['candidate'] == 'lr: 1e-06'  # another run restarts
 
 
@@ -190,10 +192,10 @@ def test_videos_are_judged_by_their_mean_logit(films):
     c = config(target='fake')
     network = Classifier(*new_model(), c, []).eval()
     windows = LabelledWindows(films, {}, c, 56, 0)
-    told = dict(judged(network, windows, [0, 3, 5]))
+    told = dict(predict_clips(network, windows, [0, 3, 5]))
     for i, outcome in told.items():
         with torch.inference_mode():
-            logits = torch.cat([shown(network, batch, torch.device('cpu')) for when in (0.0, 1.0) for batch in batches_of(windows, [[(0, i, when, 0.5)]])])
+            logits = torch.cat([forward_batch(network, batch, torch.device('cpu')) for when in (0.0, 1.0) for batch in window_batches(windows, [[(0, i, when, 0.5)]])])
         assert logits.shape == (2, 1) and outcome['logit'] == pytest.approx(logits.mean().item(), abs=1e-3)
         assert outcome['predicted'] == ('FAKE' if outcome['logit'] > 0 else 'REAL')
 
@@ -203,7 +205,7 @@ def test_logits_of_videos_keep_their_digits(films):
     c = config(target='fake', precision='bfloat16')
     network = Classifier(*new_model(), c, []).eval()
     with torch.no_grad(): network.head.bias.fill_(60)
-    logits = [outcome['logit'] for _, outcome in judged(network, LabelledWindows(films, {}, c, 56, 0), list(range(12)))]
+    logits = [outcome['logit'] for _, outcome in predict_clips(network, LabelledWindows(films, {}, c, 56, 0), list(range(12)))]
     assert len(set(logits)) == 12 and min(logits) > 30
     assert not torch.equal(torch.tensor(logits), torch.tensor(logits).bfloat16().float())
     table = pd.DataFrame(dict(label=np.where(np.argsort(np.argsort(logits)) < 6, 'REAL', 'FAKE'), logit=logits))
@@ -214,7 +216,7 @@ def test_logits_of_videos_keep_their_digits(films):
     ('ucf101', {}), ('ucf101', dict(modality='video+audio', frames=8)), ('lrs2', dict(size=16, heads=2, layers=1))])
 def test_weights_decay_and_biases_norms_and_embeddings_do_not(task, values):
     c = replace(task_config(PARAMS, task), **values)
-    network = (SentenceReader if task == 'lrs2' else Classifier)(*new_model(), c, ['A', 'B'])
+    network = (SentenceRecognizer if task == 'lrs2' else Classifier)(*new_model(), c, ['A', 'B'])
     names = {id(p): name for name, p in network.named_parameters()}
     decayed, others = ({names[id(p)] for p in group['params']} for group in decay_groups(network, 0.01))
     frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
@@ -262,9 +264,9 @@ def test_frozen_encoders_take_statistics_of_mixed_batches():
     "The variance of the first layer is that of all clips, not that inside of a class."
     network = Classifier(*new_model(), config(probe=True, precision='float32', features='local'), ['A', 'B'])
     windows = DarkAndBright()
-    FrozenWindows(network, windows, list(range(32)), 0)
-    every = padded([windows[0, i] for i in range(32)])
-    with torch.no_grad(): seen = network.features.encoders['local'].conv1(network.features.normalized(given(every, torch.device('cpu'))[0], None))
+    CachedFeatures(network, windows, list(range(32)), 0)
+    every = collate_windows([windows[0, i] for i in range(32)])
+    with torch.no_grad(): seen = network.features.encoders['local'].conv1(network.features.normalized(to_inputs(every, torch.device('cpu'))[0], None))
     inside = torch.stack([seen[:16].var((0, 2, 3, 4)), seen[16:].var((0, 2, 3, 4))]).mean(0)
     running, total = network.features.encoders['local'].bn1.running_var, seen.var((0, 2, 3, 4))
     assert ((running - inside)/(total - inside)).median() > 0.6  # batches of four: three quarters on average; 0 where a batch has one class
@@ -279,10 +281,10 @@ def test_a_probe_of_random_weights_has_normalised_features(films, values):
     network = Classifier(*new_model(), c, ['A', 'B']).eval()
     windows = LabelledWindows(films, {i: 0 for i in range(8)}, c, 56, 0)
     keys = [[(0, i, generator(0, 'frozen', 0, i).random(), None) for i in range(8)]]
-    batches = [given(batch, torch.device('cpu')) for batch in batches_of(windows, keys)]
+    batches = [to_inputs(batch, torch.device('cpu')) for batch in window_batches(windows, keys)]
     _, variance = outputs_of_norms(network.features, batches)
     assert variance.log().abs().max() > 1  # the statistics of no data
-    FrozenWindows(network, windows, list(range(8)), 0)
+    CachedFeatures(network, windows, list(range(8)), 0)
     mean, variance = outputs_of_norms(network.features, batches)
     assert mean.abs().max() < 0.05 and (variance - 1).abs().max() < 0.1  # running variances are those of a sample, layer after layer
 
@@ -305,35 +307,47 @@ def test_text_that_cannot_be_spelt_is_named(films):
 
 
 class TwoLetters:
-    "A reader of five frames that has an opinion of its own of each sentence of two letters, and believes in no others."
+    "Stands for a sentence recognizer: random scores for two letters and five frames, the decoder's for each prefix."
     def __init__(self, seed, ctc):
-        self.seed, self.config, self.letters = seed, SimpleNamespace(ctc=ctc), [MARK, *spelled('AB')]
-        self.frames = self.opinion(5, 0)
+        self.seed, self.config = seed, SimpleNamespace(ctc=ctc)
+        self.letters = [BLANK, *encode_text('AB')]
+        self.frames = self.random_logits(5, 0)
 
-    def opinion(self, rows, *about):
+    def random_logits(self, rows, *names):
+        generator = torch.Generator().manual_seed(hash((self.seed, *names)))
         logits = torch.full((rows, len(CHARACTERS) + 1), -30.)
-        logits[:, self.letters] = 2*torch.randn(rows, 3, generator=torch.Generator().manual_seed(hash((self.seed, *about))))
+        logits[:, self.letters] = 2*torch.randn(rows, 3, generator=generator)
         return logits
 
-    def ctc(self, read): return self.frames[None]
+    def ctc(self, frames):
+        return self.frames[None]
 
-    def write(self, read, sentences): return torch.stack([torch.cat([self.opinion(1, *s[:k + 1].tolist()) for k in range(len(s))]) for s in sentences]).log_softmax(-1)
+    def next_characters(self, frames, sentences):
+        logits = []
+        for sentence in sentences.tolist():
+            rows = [self.random_logits(1, *sentence[:k + 1]) for k in range(len(sentence))]
+            logits.append(torch.cat(rows))
+        return torch.stack(logits).log_softmax(-1)
 
-    def likes(self, sentence):
-        written = self.write(None, torch.tensor([[MARK, *sentence]]))[0].double()
-        log_p = self.frames.double().log_softmax(-1)
-        spelt = -F.ctc_loss(log_p.unsqueeze(1), torch.tensor([sentence], dtype=torch.long), torch.tensor([5]), torch.tensor([len(sentence)]), MARK, reduction='none')[0]
-        by_writer = sum(written[k, c] for k, c in enumerate([*sentence, MARK]))
-        return (1 - self.config.ctc)*by_writer + self.config.ctc*spelt if self.config.ctc else by_writer
+    def score(self, sentence):
+        "Log-probability of a whole sentence, with PyTorch's CTC loss."
+        log_p = self.next_characters(None, torch.tensor([[BLANK, *sentence]]))[0].double()
+        decoder_score = sum(log_p[k, c] for k, c in enumerate([*sentence, BLANK]))
+        if not self.config.ctc:
+            return decoder_score
+        targets, lengths = torch.tensor([sentence], dtype=torch.long), (torch.tensor([5]), torch.tensor([len(sentence)]))
+        log_p = self.frames.double().log_softmax(-1).unsqueeze(1)
+        ctc_score = -F.ctc_loss(log_p, targets, *lengths, BLANK, reduction='none')[0]
+        return (1 - self.config.ctc)*decoder_score + self.config.ctc*ctc_score
 
 
 @pytest.mark.parametrize('ctc', [0.0, 0.3, 0.9])
 def test_the_search_finds_the_best_of_all_sentences(ctc):
     "With repeated letters, and with a beam that is larger than the alphabet."
-    every = [list(s) for length in range(6) for s in product(spelled('AB'), repeat=length)]
+    sentences = [list(s) for length in range(6) for s in product(encode_text('AB'), repeat=length)]
     for seed in range(12):
-        reader = TwoLetters(seed, ctc)
-        assert beam_search(reader, torch.zeros(1, 5, 1), 200) == max(every, key=reader.likes)
+        recognizer = TwoLetters(seed, ctc)
+        assert beam_search(recognizer, torch.zeros(1, 5, 1), 200) == max(sentences, key=recognizer.score)
 
 
 def norm_of_clips(norm, clips, statistics):
@@ -387,13 +401,13 @@ def test_padding_is_not_in_the_batch_statistics(name):
 
 def test_features_of_utterances_are_kept_without_their_padding(films):
     reading = replace(task_config(PARAMS, 'lrs2'), frozen=1, epochs=1, batch=8, size=16, heads=2, layers=1, precision='float32', flip=0.0)
-    network = SentenceReader(*new_model(), reading)
+    network = SentenceRecognizer(*new_model(), reading)
     films.clips = [row | dict(steps=row['steps'] - 3*k) for k, row in enumerate(films.clips[:4])]
-    windows = LabelledWindows(films, {i: spelled('A B') for i in range(4)}, reading, 56, 0)
-    kept = FrozenWindows(network, windows, [0, 1, 2, 3], 0)
+    windows = LabelledWindows(films, {i: encode_text('A B') for i in range(4)}, reading, 56, 0)
+    kept = CachedFeatures(network, windows, [0, 1, 2, 3], 0)
     for i in range(4):
-        alone = shown(network, padded([windows[1, i, 0.0, None]]), torch.device('cpu'))
-        assert torch.allclose(shown(network, padded([kept[1, i]]), torch.device('cpu')), alone, atol=1e-4)
+        alone = forward_batch(network, collate_windows([windows[1, i, 0.0, None]]), torch.device('cpu'))
+        assert torch.allclose(forward_batch(network, collate_windows([kept[1, i]]), torch.device('cpu')), alone, atol=1e-4)
 
 
 def test_sentences_can_be_memorised(films):
@@ -401,10 +415,10 @@ def test_sentences_can_be_memorised(films):
     reading = replace(task_config(PARAMS, 'lrs2'), frozen=0, epochs=150, batch=2, lr=0.003, size=32, heads=2, layers=1, dropout=0.0, flip=0.0, weight_decay=0.0, probe=True)
     texts = {0: 'SET RED', 1: 'AT TWO'}
     torch.manual_seed(0)
-    network = SentenceReader(*new_model(), reading)
-    windows = LabelledWindows(films, {i: spelled(t) for i, t in texts.items()}, reading, 56, 0)
+    network = SentenceRecognizer(*new_model(), reading)
+    windows = LabelledWindows(films, {i: encode_text(t) for i, t in texts.items()}, reading, 56, 0)
     fit(network, windows, [0, 1], seed=0)
-    assert {i: outcome['predicted'] for i, outcome in judged(network, windows, [0, 1])} == texts
+    assert {i: outcome['predicted'] for i, outcome in predict_clips(network, windows, [0, 1])} == texts
 
 
 def test_sizes_of_the_paper():
