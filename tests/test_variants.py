@@ -58,7 +58,7 @@ def test_code_of_a_checkpoint_is_what_the_stage_depends_on():
 
 def test_code_of_a_finetuning_is_what_the_stage_depends_on():
     stage = yaml.safe_load((root()/'dvc.yaml').read_text())['stages']['finetune']
-    assert {f'glcm/{name}.py' for name in [*TASK_CODE, 'metrics']} == {path for path in stage['deps'] if path.startswith('glcm/')}
+    assert {f'glcm/{name}.py' for name in [*TASK_CODE, 'tasks/statistics']} == {path for path in stage['deps'] if path.startswith('glcm/')}
 
 
 def differences(variant):

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from ..core import InputError, atomic_path, generator, parse, progress, seed_everything
 from ..data.shards import ClipStore
 from ..data.video import to_rgb
-from ..metrics import deepfake_scores, sentence_errors, sentence_scores
+from .metrics import deepfake_scores, sentence_errors, sentence_scores
 from ..model import GLCM
 from ..runs import CODE, RunConfig, code_hash, data_hash, read_state, with_weights
 from .classify import Classifier
@@ -209,7 +209,7 @@ class Unfinished:
         with atomic_path(self.path) as scratch: torch.save(state() | dict(format=1, about=self.about), scratch)
         self.written = time.monotonic()
 
-TASK_CODE = [*CODE, 'data/catalogue', 'metrics', 'tasks/classify', 'tasks/features', 'tasks/finetune', 'tasks/protocol', 'tasks/sentences'] # modules that finetuning runs
+TASK_CODE = [*CODE, 'data/catalogue', 'tasks/classify', 'tasks/features', 'tasks/finetune', 'tasks/metrics', 'tasks/protocol', 'tasks/sentences'] # modules that finetuning runs
 
 def fingerprint(
     weights: dict, # name -> tensor
@@ -291,20 +291,20 @@ class _Finetuning:
         for i, outcome in progress(judged(network, windows, clips, self.workers), f'{one.name}: {side} clips', len(clips)):
             row = self.store.clips[i]
             told = dict(text=row['text']) if self.config.target == 'text' else dict(label=row['label'])
-            about = {'round': one.name, 'clip': row['clip'], 'group': row['group']}
+            about = {'split': one.name, 'clip': row['clip'], 'group': row['group']}
             rows.append(about | told | outcome | dict(train=len(one.train), available=one.available))
         return rows
 
 # %% ../../nbs/25_tasks.finetune.ipynb #016ed999
 def _compare(job: _Finetuning, one: Round, clips: list) -> list[dict]:
     "Train each candidate on these clips and score it on the validation clips; gives a row for each."
-    config, tried = job.config, [row for row in job.done['choices'] if row['round'] == one.name]
+    config, tried = job.config, [row for row in job.done['choices'] if row['split'] == one.name]
     for k, candidate in enumerate(config.candidates()):
         if k < len(tried): continue # before the run was interrupted
         network = job.train(one, candidate, clips)
         value = validation_score(pd.DataFrame(job.predict(network, one, one.validate, 'validation')), config.target)
         name = ', '.join(f'{key}: {changed}' for key, changed in config.choose[k].items())
-        tried.append({'round': one.name, 'candidate': name, 'metric': COMPARED[config.target], 'value': value,
+        tried.append({'split': one.name, 'candidate': name, 'metric': COMPARED[config.target], 'value': value,
                       'train': len(clips), 'validate': len(one.validate), 'chosen': False})
         job.done['choices'].append(tried[-1])
         if best_candidate(tried) == k: job.done['best'] = network.state_dict()
@@ -325,7 +325,7 @@ def _choose(job: _Finetuning, one: Round) -> nn.Module:
     return network.eval()
 
 # %% ../../nbs/25_tasks.finetune.ipynb #cccb247f
-CHOICES = 'round', 'candidate', 'metric', 'value', 'train', 'validate', 'chosen' # columns of choices.csv
+CHOICES = 'split', 'candidate', 'metric', 'value', 'train', 'validate', 'chosen' # columns of choices.csv
 
 def finetune(
     model: GLCM, # with the weights to start from; it is left as it is
@@ -336,7 +336,7 @@ def finetune(
     workers: int = 0, # loader processes
     keep: str | Path | None = None, # folder for the finetuned networks, one file for each round, and choices.csv: candidates with their scores
     unfinished: Unfinished | None = None, # where the state is kept
-) -> pd.DataFrame: # round, clip, group, label or text, the outcome, and how many training clips were used (train) of how many (available)
+) -> pd.DataFrame: # split, clip, group, label or text, the outcome, and how many training clips were used (train) of how many (available)
     "Finetune and test in every round of the protocol; raises `InputError` for clips that cannot be used so."
     _check_sound(store, config, run)
     job = _Finetuning(model, run, store, config, seed, workers, unfinished)
