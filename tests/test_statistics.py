@@ -30,7 +30,7 @@ def covers(interval, truth):
 
 @pytest.mark.parametrize('groups', [10, 20])
 def test_intervals_of_correlated_clips_cover_the_truth(groups):
-    "Clips of a speaker are nearly all correct or nearly all wrong. Drawing clips would cover the truth in two of three sets only."
+    "Clips of a speaker are nearly all correct or all wrong. Drawing clips would cover the truth in two of three sets."
     rng, sets, clips, truth = np.random.default_rng(groups), 300, 12, 0.6
     group = np.repeat(np.arange(groups), clips)
     by_group, by_clip = [], []
@@ -103,7 +103,7 @@ def test_groups_are_not_mistaken_for_clips():
 
 
 def two_variants(rng, groups=16, clips=6, seeds=2, gain=0.06):
-    "Shares of time steps found in the clips of some sources, by two variants that mostly agree, each with several seeds."
+    "Shares of time steps found in clips of some sources, by two variants that mostly agree, with several seeds."
     numbers = np.arange(groups*clips)
     rows = pd.DataFrame(dict(clip=numbers.astype(str), group=[f's{k//clips}' for k in numbers], offset=0))
     shared = np.repeat(rng.normal(0.5, 0.2, size=groups), clips) + rng.normal(0, 0.05, size=len(rows))
@@ -169,7 +169,8 @@ def test_metrics_are_subtracted_not_clips():
         tables = []
         for seed in (0, 1):
             predicted = [predict(text, accuracy) for text in texts]
-            tables.append(pd.DataFrame(dict(seed=seed, split='a', clip=clips, group='', text=texts, predicted=predicted)))
+            table = dict(seed=seed, split='a', clip=clips, group='', text=texts, predicted=predicted)
+            tables.append(pd.DataFrame(table))
         rates = [task_scores(table, samples=10).value['wer'] for table in tables]
         return pd.concat(tables, ignore_index=True), np.mean(rates)
 

@@ -1,4 +1,4 @@
-"""The paper's tables: like beside like, every printed number once, and no interval or share of labels that was not computed."""
+"""The paper's tables: like beside like, every printed number once, intervals and shares of labels as computed."""
 import re
 from inspect import signature
 
@@ -30,8 +30,9 @@ def full_grid(file):
             for setting in settings_of(grid, variant, task):
                 input_ = input_name(task_config(params, task, setting))
                 value = 0.1 + len(rows)/1000
-                row = [variant, 0, task, setting, input_, 1.0, metric, value, np.nan, value - 0.01, value + 0.01, 50, 20]
-                rows.append(dict(zip(TASK_COLUMNS, row)))
+                about = [variant, 0, task, setting, input_, 1.0, metric]
+                numbers = [value, np.nan, value - 0.01, value + 0.01, 50, 20]
+                rows.append(dict(zip(TASK_COLUMNS, about + numbers)))
     return pd.DataFrame(rows)
 
 

@@ -73,9 +73,6 @@ def blend(
     return (255*blended).round().clip(0, 255).astype(np.uint8)
 
 # %% ../../nbs/50_report.figures.ipynb #010
-BOX_COLOUR = '#35e07a'
-MISS_COLOUR = '#e0483e'
-
 def draw_picture(
     ax: plt.Axes,
     picture: np.ndarray, # (h, w, 3)
@@ -86,6 +83,9 @@ def draw_picture(
     ax.set(xticks=[], yticks=[], xlim=(0, width), ylim=(height, 0))
     for spine in ax.spines.values():
         spine.set_visible(False)
+
+# %% ../../nbs/50_report.figures.ipynb #011
+BOX_COLOUR = '#35e07a'
 
 def draw_boxes(
     ax: plt.Axes,
@@ -99,7 +99,9 @@ def draw_boxes(
         line = 1.6*(weight[0] if weight else 1)
         ax.add_patch(plt.Rectangle(corner, box_width, box_height, fill=False, ec=BOX_COLOUR, lw=line))
 
-# %% ../../nbs/50_report.figures.ipynb #012
+# %% ../../nbs/50_report.figures.ipynb #013
+MISS_COLOUR = '#e0483e' # of a clip whose peak misses the source
+
 def draw_attention(
     ax: plt.Axes,
     clip: AttendedClip,
@@ -121,7 +123,7 @@ def draw_attention(
     for spine in ax.spines.values():
         spine.set(visible=True, color=MISS_COLOUR, lw=2.5)
 
-# %% ../../nbs/50_report.figures.ipynb #013
+# %% ../../nbs/50_report.figures.ipynb #014
 def plot_attention(
     clips: list[AttendedClip],
     title: str, # which clips they are
@@ -139,7 +141,7 @@ def plot_attention(
         draw_attention(bottom, clip)
     return fig
 
-# %% ../../nbs/50_report.figures.ipynb #019
+# %% ../../nbs/50_report.figures.ipynb #020
 def _draw_frames(
     ax: plt.Axes,
     clip: ClipSimilarity,
@@ -163,7 +165,7 @@ def _draw_matrix(
     for t in np.arange(steps)*clip.seconds/steps:
         ax.add_patch(plt.Rectangle((t, t), side, side, fill=False, ec='white', lw=0.7))
 
-# %% ../../nbs/50_report.figures.ipynb #020
+# %% ../../nbs/50_report.figures.ipynb #021
 def _draw_similarity(
     fig: plt.Figure,
     cell: SubplotSpec, # which part of the figure
@@ -188,11 +190,11 @@ def _draw_similarity(
         ax.tick_params(labelsize=8, length=2)
     return frames, sound, matrix
 
-# %% ../../nbs/50_report.figures.ipynb #021
+# %% ../../nbs/50_report.figures.ipynb #022
 def plot_similarity(
     clips: list[ClipSimilarity],
 ) -> plt.Figure:
-    "Similarity of every visual time step with every audio slice of its clip, beside the frames and the sound."
+    "Similarity of every visual time step with every audio slice, beside the frames and the sound."
     limits = min(clip.similarity.min() for clip in clips), max(clip.similarity.max() for clip in clips)
     fig = plt.figure(figsize=(8.2, 7.6/len(clips) + 0.6))
     widths = [1]*len(clips) + [0.03]
@@ -210,7 +212,7 @@ def plot_similarity(
     bar.ax.tick_params(labelsize=8)
     return fig
 
-# %% ../../nbs/50_report.figures.ipynb #024
+# %% ../../nbs/50_report.figures.ipynb #025
 def _draw_row(
     ax: plt.Axes,
     pictures: np.ndarray, # (n, h, w, 3) uint8
@@ -220,6 +222,7 @@ def _draw_row(
     ax.imshow(np.concatenate(framed, 1), aspect='auto')
     ax.set_axis_off()
 
+# %% ../../nbs/50_report.figures.ipynb #026
 def plot_film_strip(
     video: AttendedVideo,
     count: int = 6, # of the frames
@@ -230,8 +233,9 @@ def plot_film_strip(
     plain = enlarge(video.frames[chosen], 240).round().astype(np.uint8)
     attention = blend(video.frames, video.heatmaps)[chosen]
     row_height = 8/count*plain.shape[1]/plain.shape[2] # inches
+    heights = [row_height, row_height, 0.9]
     fig, (top, middle, sound) = plt.subplots(
-        3, 1, figsize=(8.2, 2*row_height + 1.4), height_ratios=[row_height, row_height, 0.9], layout='constrained')
+        3, 1, figsize=(8.2, sum(heights) + 0.5), height_ratios=heights, layout='constrained')
     _draw_row(top, plain)
     _draw_row(middle, attention)
     sound.imshow(video.mel.astype(np.float32), origin='lower', aspect='auto', cmap=SOUND_COLOURS,
@@ -241,7 +245,7 @@ def plot_film_strip(
     sound.set(xlabel='time, s', ylabel='mel band')
     return fig
 
-# %% ../../nbs/50_report.figures.ipynb #026
+# %% ../../nbs/50_report.figures.ipynb #028
 def _spectrogram_picture(
     mel: np.ndarray, # (bands, N)
     height: int, # pixels
@@ -252,6 +256,7 @@ def _spectrogram_picture(
     strength = (level - level.min())/max(np.ptp(level), 1e-6)
     return (255*plt.get_cmap(SOUND_COLOURS)(strength)[..., :3]).astype(np.uint8)
 
+# %% ../../nbs/50_report.figures.ipynb #029
 def render_film(
     video: AttendedVideo,
     height: int = 240, # of its picture, pixels; the sound takes a third of that more

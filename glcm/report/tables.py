@@ -41,8 +41,8 @@ def read_localization(
     artifacts: Path, # folder of the stages' outputs
     variant: str,
     seed: int,
-) -> tuple[pd.DataFrame, pd.DataFrame]: # a row per clip and method, none without boxes; a row per clip and offset
-    "Localization and synchronisation of single clips; raises `InputError` where the localize stage was not run."
+) -> tuple[pd.DataFrame, pd.DataFrame]: # a row per clip and method (none without boxes), per clip and offset
+    "Localization and synchronisation of single clips; raises `InputError` where the run was not made."
     folder = check_run(artifacts/'localize'/f'{variant}-{seed}')
     texts = dict(clip=str, group=str)
     scores = pd.read_csv(folder/'scores.csv', dtype=texts)
@@ -196,8 +196,9 @@ def all_localization(
     return {key: table for key, table in tables.items() if len(table)}
 
 # %% ../../nbs/51_report.tables.ipynb #023
-PAIR_COLUMNS = ['variant', 'setting', 'against', 'against_setting', 'labels'] # what is compared, with which labels
-DIFFERENCE_COLUMNS = [*PAIR_COLUMNS, 'task', 'metric', 'difference', 'low', 'high', 'clips', 'groups', 'seeds']
+PAIR_COLUMNS = ['variant', 'setting', 'against', 'against_setting', 'labels'] # what is compared
+DIFFERENCE_COLUMNS = [
+    *PAIR_COLUMNS, 'task', 'metric', 'difference', 'low', 'high', 'clips', 'groups', 'seeds']
 
 def variant_differences(
     tables: dict, # as from `all_predictions` and `all_localization`
@@ -292,7 +293,7 @@ def mean_and_range(
 def metric_text(
     scores: pd.DataFrame, # one metric, as from `task_metrics`: a row for each seed
 ) -> str: # in percent; empty where there is nothing
-    "A metric with its spread over splits and its interval, or the mean of several seeds with the lowest and highest."
+    "A metric with its spread over splits and its interval; of several seeds the mean and the range."
     scores = scores[scores.value.notna()]
     if len(scores) != 1:
         return mean_and_range(scores.value)
@@ -377,7 +378,7 @@ def pairs_table(
 def differences_table(
     differences: pd.DataFrame, # as from `variant_differences`
 ) -> str: # Markdown, in percentage points
-    "A table of localization and synchronisation, and one of the finetuned tasks; one without rows is left out."
+    "A table of localization and synchronisation, and one of the tasks; one without rows is left out."
     named = differences[differences.metric.isin([*MAIN_METRICS, *METRIC_NAMES])]
     pretrained = named.task.isin(PRETRAINED_TASKS)
     parts = [part for part in (named[pretrained], named[~pretrained]) if len(part)]
@@ -395,20 +396,23 @@ def pretraining_gain(
         of_task = (own.task == column) & own.metric.isin(MAIN_METRICS)
         for row in own[of_model | of_task][:1].itertuples():
             parts.append(f'{METRIC_NAMES[column]} {difference_text(row)}')
-    about = 'GLCM minus random weights, in points, paired over the same clips and seeds, with the 95% interval'
+    about = ('GLCM minus random weights, in points, paired over the same clips and seeds, '
+             'with the 95% interval')
     return f'{about}: {"; ".join(parts)}.'
 
 # %% ../../nbs/51_report.tables.ipynb #044
 def summary_table(
-    folder: str | Path, # a study's folder under results/: has metrics.csv and baselines.csv, perhaps differences.csv
+    folder: str | Path, # of a study, with metrics.csv and baselines.csv, perhaps differences.csv
 ) -> str: # Markdown, in percent
     "The metrics of every variant and baseline of a study, and the gain of pretraining."
     folder = Path(folder)
     table = pd.concat([pd.read_csv(folder/'metrics.csv'), pd.read_csv(folder/'baselines.csv')])
-    columns = {name: text for name, text in METRIC_NAMES.items() if name in table and table[name].notna().any()}
+    measured = table.columns[table.notna().any()]
+    columns = {name: text for name, text in METRIC_NAMES.items() if name in measured}
     rows = []
     for variant, own in table.groupby('variant', sort=False):
-        rows.append((VARIANT_NAMES.get(variant, variant), {name: mean_and_range(own[name]) for name in columns}))
+        cells = {name: mean_and_range(own[name]) for name in columns}
+        rows.append((VARIANT_NAMES.get(variant, variant), cells))
     lines = markdown_table(columns, rows)
     if (folder/'differences.csv').exists():
         lines += ['', pretraining_gain(pd.read_csv(folder/'differences.csv'), list(columns))]
@@ -457,7 +461,7 @@ def study_table(
 
 # %% ../../nbs/51_report.tables.ipynb #048
 def write_tables(
-    path: str | Path, # a Markdown file with markers such as <!-- seeds localization --> and <!-- grid tasks -->
+    path: str | Path, # a Markdown file with markers such as <!-- seeds localization -->
     results: str | Path, # folder of the studies
 ):
     "Write each study's tables between their markers; what a study has not measured is left as it is."
@@ -483,7 +487,7 @@ INPUT_NAMES = {
     'full_frame': 'whole frames',
     'full_frame+attention': 'whole frames with attention',
     'sound': 'sound'}
-PAPER_COLUMNS = ['system', 'pretrain_data', 'features', 'metric'] # with the table, they identify a number of the paper
+PAPER_COLUMNS = ['system', 'pretrain_data', 'features', 'metric'] # these and the table identify a number
 
 # %% ../../nbs/51_report.tables.ipynb #053
 def read_reported(
@@ -502,7 +506,8 @@ def read_layout(
     cells = layout.merge(numbers, 'left', ['printed_in', *PAPER_COLUMNS], indicator='source')
     missing = cells[(cells.printed_in != '') & (cells.source != 'both')]
     for cell in missing.itertuples():
-        raise InputError(f'{path}: table {cell.printed_in} of the paper has no {cell.metric} for {cell.row!r}')
+        raise InputError(f'{path}: table {cell.printed_in} of the paper has no {cell.metric} '
+                         f'for {cell.row!r}')
     if len(cells) > len(layout):
         raise InputError(f'{path}: a cell is more than one number of the paper')
     return cells.fillna(dict(value='', note=''))
@@ -552,7 +557,10 @@ def inputs_and_clips(
         measured = scores_of_cell(scores, cell)
         if len(measured):
             tasks[cell.task] = f'{TASK_NAMES[cell.task]} {measured.clips.iloc[0]}'
-    parts = [f'{INPUT_NAMES[name]} ({", ".join(tasks.values())})' for name, tasks in test_clips.items() if tasks]
+    parts = []
+    for name, tasks in test_clips.items():
+        if tasks:
+            parts.append(f'{INPUT_NAMES[name]} ({", ".join(tasks.values())})')
     return f'Input, as in the paper, and clips tested here: {"; ".join(parts)}.'
 
 def footnotes(

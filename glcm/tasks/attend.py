@@ -98,6 +98,7 @@ class ClipSimilarity:
     similarity: np.ndarray # (T, T*M)
     seconds: float # length of the span
 
+# %% ../../nbs/49_tasks.attend.ipynb #012
 def clip_similarities(
     model: GLCM, # in evaluation mode
     config: RunConfig, # how it was trained
@@ -118,7 +119,7 @@ def clip_similarities(
             seconds=config.views.frames/store.about['fps']))
     return found
 
-# %% ../../nbs/49_tasks.attend.ipynb #016
+# %% ../../nbs/49_tasks.attend.ipynb #017
 def span_starts(
     frames: int, # of the video
     length: int, # of a span, frames
@@ -127,6 +128,7 @@ def span_starts(
     last = frames - length
     return [*range(0, last, max(1, length//2)), last]
 
+# %% ../../nbs/49_tasks.attend.ipynb #019
 def attend(
     model: GLCM, # in evaluation mode
     config: RunConfig, # how it was trained
@@ -136,7 +138,8 @@ def attend(
     "Attention scores over every frame of a video; raises `InputError` where it is too short."
     length, columns = config.views.frames, config.model.mel_per_step
     if len(frames) < length:
-        raise InputError(f'{len(frames)} frames of picture and sound are too few: the model looks at {length} at a time')
+        raise InputError(f'{len(frames)} frames of picture and sound are too few: '
+                         f'the model takes {length} at a time')
     video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None]
     audio = scaled(mel)[None]
     fade = np.minimum(np.arange(1, length + 1), np.arange(length, 0, -1)).astype(np.float32)
@@ -149,7 +152,7 @@ def attend(
         weight[start:stop] += fade
     return total/weight[:, None, None]
 
-# %% ../../nbs/49_tasks.attend.ipynb #018
+# %% ../../nbs/49_tasks.attend.ipynb #021
 @dataclass(frozen=True)
 class AttendedVideo:
     "A video and the model's attention in it."
@@ -159,6 +162,7 @@ class AttendedVideo:
     waveform: np.ndarray # (n,) float32 mono
     fps: float # frames per second
 
+# %% ../../nbs/49_tasks.attend.ipynb #022
 def attend_file(
     model: GLCM, # in evaluation mode
     config: RunConfig, # how it was trained
@@ -166,7 +170,7 @@ def attend_file(
     short_side: int, # of the frames in training, pixels
     seconds: float = 10, # at most so much of it, from its beginning
 ) -> AttendedVideo:
-    "The attention in a video file; raises `InputError` where it does not decode, has no sound or is too short."
+    "The attention in a file; raises `InputError` where it does not decode, has no sound or is too short."
     rate, columns = config.audio.sample_rate, config.model.mel_per_step
     fps = rate/config.audio.hop/columns
     recording = read_recording(path, fps, short_side, rate)

@@ -19,8 +19,8 @@ from ..data.views import scaled, training_clips
 from ..model import GLCM, Embeddings
 from ..runs import RunConfig
 from .metrics import (
-    above_half_range, above_median, baseline_maps, box_mask, box_weights, ciou, localization_scores, pointing_hit,
-    synchronisation_hits)
+    above_half_range, above_median, baseline_maps, box_mask, box_weights, ciou, localization_scores,
+    pointing_hit, synchronisation_hits)
 
 # %% ../../nbs/48_tasks.localize.ipynb #005
 def middle_span(
@@ -29,12 +29,13 @@ def middle_span(
     frames: int, # length of the span, T
     offset: int = 0, # time steps by which the sound is taken later than the picture
 ) -> tuple[torch.Tensor, torch.Tensor]: # video (1, 3, T, h, w) uint8, audio (1, F, N) float32
-    "The whole frames around a clip's middle and their sound; raises `InputError` where the clip is too short."
+    "Whole frames around a clip's middle and their sound; raises `InputError` where the clip is too short."
     clip, length = store.clips[i]['clip'], store.clips[i]['steps']
     start = (length - frames)//2
     sound_start = start + offset
     if start < 0 or not 0 <= sound_start <= length - frames:
-        raise InputError(f'clip {clip} of {length} frames is too short for {frames} and an offset of {offset}')
+        raise InputError(f'clip {clip} of {length} frames is too short for {frames} '
+                         f'and an offset of {offset}')
     video = store.frames(i, start, start + frames).transpose(0, 1)
     audio = scaled(store.mel(i, sound_start, sound_start + frames))
     return video[None], audio[None]
@@ -102,7 +103,7 @@ def localize(
     config: RunConfig, # how it was trained
     store: ClipStore, # clips
 ) -> pd.DataFrame: # with `SCORE_COLUMNS`, a row per clip and method; empty for a dataset without boxes
-    "Score the model and the baselines on every test clip; raises `InputError` where only some of them have boxes."
+    "Score the model and the baselines on every test clip; raises `InputError` where only some have boxes."
     test_clips = store.select(split='test')
     if not any(store.clips[i]['boxes'] for i in test_clips):
         return pd.DataFrame(columns=SCORE_COLUMNS)

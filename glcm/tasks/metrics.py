@@ -51,7 +51,7 @@ def pointing_hit(
     heatmap: np.ndarray, # (h, w) attention scores over the frame
     mask: np.ndarray, # (h, w) bool, where the source is
 ) -> bool:
-    "Whether the highest value of the map lies inside the mask (Zhang et al. 2018), without a tolerance margin."
+    "Whether the highest value of the map lies inside the mask (Zhang et al. 2018), without a tolerance."
     return bool(mask.flat[np.argmax(heatmap)])
 
 # %% ../../nbs/40_tasks.metrics.ipynb #011
@@ -259,8 +259,8 @@ def sentence_scores(
 
 # %% ../../nbs/40_tasks.metrics.ipynb #043
 def task_scorer(
-    table: pd.DataFrame, # a row per test clip, as from `glcm.tasks.finetune.finetune` or `glcm.tasks.localize`
-) -> tuple[pd.DataFrame, Callable]: # what each row contributes; function of it and of counts to metric -> value
+    table: pd.DataFrame, # a row per test clip, as from `glcm.tasks.finetune` or `glcm.tasks.localize`
+) -> tuple[pd.DataFrame, Callable]: # what each row contributes; function of it and of counts to metrics
     "What each row of a table contributes, and the function that computes its metrics."
     if 'text' in table:
         return sentence_errors(table), sentence_scores

@@ -84,9 +84,9 @@ def _std_over_splits(
     return pd.DataFrame(scores).std()
 
 def task_scores(
-    predictions: pd.DataFrame, # a row per test clip: clip, group, what `task_scorer` needs; split, with several
+    predictions: pd.DataFrame, # a row per test clip: clip, group, what `task_scorer` needs, perhaps split
     samples: int = 2000, # of the bootstrap
-) -> pd.DataFrame: # metric (index), value, spread: its standard deviation over the splits, low, high, clips, groups
+) -> pd.DataFrame: # metric (index), value, spread (std over the splits), low, high, clips, groups
     "The metrics of a task; `low` and `high` as in `with_intervals`."
     contributions, score = task_scorer(predictions)
     table = with_intervals(lambda counts: score(contributions, counts), group_numbers(predictions), samples)
@@ -110,7 +110,8 @@ def _indexed_by_row(
     if index.has_duplicates:
         first = index[index.duplicated()][0]
         name = ', '.join(f'{key} {value}' for key, value in zip(keys, first))
-        raise InputError(f'a table has several rows for {name}: compare one task, setting and method at a time')
+        raise InputError(f'a table has several rows for {name}: '
+                         'compare one task, setting and method at a time')
     return table.set_axis(index, axis=0).sort_index()
 
 # %% ../../nbs/40a_tasks.statistics.ipynb #023
@@ -121,7 +122,8 @@ def _check_same_rows(
     "Raise `InputError` unless both tables are about the same seeds, splits and clips."
     keys = ours.index.names
     if keys != theirs.index.names:
-        raise InputError(f"one table has the columns {', '.join(keys)}, the other {', '.join(theirs.index.names)}")
+        raise InputError(f"one table has the columns {', '.join(keys)}, "
+                         f"the other {', '.join(theirs.index.names)}")
     for key in keys:
         only_one = set(ours.index.get_level_values(key)) ^ set(theirs.index.get_level_values(key))
         if only_one:
@@ -171,7 +173,7 @@ def paired_difference(
     ours: pd.DataFrame, # a row per test clip (and seed, split): as for `task_scores`
     theirs: pd.DataFrame, # of another variant, on the same clips with the same seeds
     samples: int = 2000, # of the bootstrap
-) -> pd.DataFrame: # metric (index), difference: ours - theirs, low and high: its 95 % interval, clips, groups, seeds
+) -> pd.DataFrame: # metric (index), difference (ours - theirs), low, high, clips, groups, seeds
     "How much one variant is better than another; raises `InputError` where clips or seeds are not the same."
     ours = _indexed_by_row(ours)
     theirs = _indexed_by_row(theirs)
