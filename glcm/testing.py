@@ -15,7 +15,7 @@ from .data.catalogue import read_catalogue
 from .data.miniature import write_world
 from .data.preprocess import ClipConfig, preprocess
 from .data.shards import ClipStore, StoreConfig
-from .tasks.localize import localize, synchronise
+from .tasks.localize import localize, measure_synchronisation
 from .tasks.finetune import finetune
 from .tasks.config import task_config
 from .runs import load_model
@@ -59,7 +59,7 @@ def tiny_run(
     localized, finetuned = artifacts/'localize'/'glcm-0', artifacts/'finetune'/'glcm-esc50-0'
     for folder in (localized, finetuned): folder.mkdir(parents=True)
     localize(model, config, store).to_csv(localized/'scores.csv', index=False)
-    synchronise(model, config, store).to_csv(localized/'synchronisation.csv', index=False)
+    measure_synchronisation(model, config, store).to_csv(localized/'synchronisation.csv', index=False)
     params['finetune']['esc50'] = params['finetune']['esc50'] | dict(epochs=1)
     predictions = finetune(model, config, ClipStore(artifacts/'clips'/'esc50'), task_config(params, 'esc50'), 0)
     predictions.assign(setting='plain').to_csv(finetuned/'predictions.csv', index=False)

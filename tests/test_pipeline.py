@@ -69,7 +69,7 @@ def test_results_are_written(project):
     tasks = pd.read_csv(project/'results'/'default'/'tasks.csv').set_index('variant')
     for variant in metrics.variant:
         told = pd.read_csv(project/'artifacts'/'finetune'/f'{variant}-esc50-0'/'predictions.csv')
-        hits = [(fold.label == fold.predicted).mean() for _, fold in told.groupby('round')]
+        hits = [(fold.label == fold.predicted).mean() for _, fold in told.groupby('split')]
         assert len(hits) == 5 and tasks.value[variant] == pytest.approx(sum(hits)/5, abs=1e-5)
         assert (project/'artifacts'/'finetune'/f'{variant}-esc50-0'/'networks'/'plain'/'fold-5.pt').exists()
     assert '### Table 3' in (project/'results'/'default'/'tables.md').read_text()

@@ -5,7 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from glcm.tables import write_tables
+from glcm.report.tables import write_tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT/'README.md').read_text()

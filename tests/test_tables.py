@@ -1,4 +1,4 @@
-"""The paper's tables: like beside like, every printed number once, and no interval or share of labels that was not computed."""
+"""The paper's tables: like beside like, every printed number once, intervals and shares of labels as computed."""
 import re
 from inspect import signature
 
@@ -8,45 +8,64 @@ import pytest
 
 from glcm.core import read_params, root
 from glcm.data.miniature import write_world
-from glcm.tables import (PAPER_METRICS, TASK_COLUMNS, input_name, paper_tables, read_layout, read_reported, share_of_labels, task_metrics,
-                         variant_differences)
+from glcm.report.tables import (
+    TASK_COLUMNS, input_name, paper_tables, read_layout, read_reported, share_of_labels, task_metrics,
+    variant_differences)
 from glcm.tasks.config import settings_of, task_config
 
 REPORTED = read_reported(root()/'nbs'/'reported.csv')
 LAYOUT = read_layout(root()/'nbs'/'layout.csv', REPORTED)
 FILES = 'params.yaml', 'params.paper.yaml'
-METRIC = {task: dict(zip(('WER', 'top-1', 'AUC'), ('wer', 'top1', 'auc')))[name.split()[1]] for task, name in PAPER_METRICS.items()}
+PAPER_METRICS = dict(zip(LAYOUT.task, LAYOUT.metric)) # task -> such as LRW top-1
+METRICS = dict(WER='wer', AUC='auc') | {'top-1': 'top1'}
 
 
 def full_grid(file):
-    "What the full grid measures, each number another one."
+    "The metrics of the full grid, each number another one."
     params = read_params(root()/file)
     grid, rows = params['grids']['full'], []
     for variant in grid['variants']:
         for task in grid['tasks']:
+            metric = METRICS[PAPER_METRICS[task].split()[1]]
             for setting in settings_of(grid, variant, task):
-                seen, value = input_name(task_config(params, task, setting)), 0.1 + len(rows)/1000
-                row = [variant, 0, task, setting, seen, 1.0, METRIC[task], value, np.nan, value - 0.01, value + 0.01, 50, 20]
-                rows.append(dict(zip(TASK_COLUMNS, row)))
+                input_ = input_name(task_config(params, task, setting))
+                value = 0.1 + len(rows)/1000
+                about = [variant, 0, task, setting, input_, 1.0, metric]
+                numbers = [value, np.nan, value - 0.01, value + 0.01, 50, 20]
+                rows.append(dict(zip(TASK_COLUMNS, about + numbers)))
     return pd.DataFrame(rows)
 
 
 def table(text, number):
+    "The part of a page about one table of the paper."
     return re.search(rf'### Table {number}:.*?(?=\n### |\Z)', text, re.DOTALL)[0]
+
+
+def cells(line):
+    "The texts of a line of a Markdown table."
+    return [cell.strip() for cell in line.split('|')[1:-1]]
+
+
+def test_a_task_has_one_metric():
+    assert LAYOUT.groupby('task').metric.nunique().eq(1).all()
 
 
 @pytest.mark.parametrize('file', FILES)
 def test_full_grid_fills_every_cell_with_the_papers_input(file):
     scores = full_grid(file).set_index(['variant', 'task', 'setting']).input
-    for cell in LAYOUT.itertuples(): assert scores[cell.variant, cell.task, cell.setting] == cell.input, cell
+    for cell in LAYOUT.itertuples():
+        assert scores[cell.variant, cell.task, cell.setting] == cell.input, cell
 
 
 @pytest.mark.parametrize('file', FILES)
 def test_every_number_of_the_paper_is_shown_in_its_table(file):
     text = paper_tables(full_grid(file), LAYOUT, REPORTED)
     for number, rows in REPORTED.groupby('table'):
-        shown = [cell.strip(' *') for line in table(text, number).splitlines() if '|' in line for cell in line.split('|')]
-        for value, count in rows.value.value_counts().items(): assert shown.count(value) >= count, (number, value)
+        shown = []
+        for line in table(text, number).splitlines():
+            shown += [cell.strip('*') for cell in cells(line)]
+        for value, count in rows.value.value_counts().items():
+            assert shown.count(value) >= count, (number, value)
 
 
 def test_competitors_stand_apart_from_what_was_measured():
@@ -61,10 +80,12 @@ def test_competitors_stand_apart_from_what_was_measured():
 def test_tables_4_and_6_are_of_the_small_pretraining_set():
     scores = full_grid('params.yaml')
     text = paper_tables(scores, LAYOUT, REPORTED)
-    other = scores.assign(value=scores.value.where(scores.variant.isin(['glcm_15k', 'glcm_15k_no_mil']), 0.999))
-    without = paper_tables(other, LAYOUT, REPORTED)
-    for number in (4, 6): assert table(without, number) == table(text, number)
-    for number in (1, 2, 3, 5, 7): assert table(without, number) != table(text, number)
+    small = scores.variant.isin(['glcm_15k', 'glcm_15k_no_mil'])
+    without = paper_tables(scores.assign(value=scores.value.where(small, 0.999)), LAYOUT, REPORTED)
+    for number in (4, 6):
+        assert table(without, number) == table(text, number)
+    for number in (1, 2, 3, 5, 7):
+        assert table(without, number) != table(text, number)
     assert set(LAYOUT[LAYOUT.table.isin(['4', '6'])].pretrain_data) == {'K-AV-15K'}
     assert set(LAYOUT[LAYOUT.table.isin(['5', '7'])].pretrain_data) == {'K-AV-240K'}
     assert (LAYOUT.variant.str.startswith('glcm_15k') == (LAYOUT.pretrain_data == 'K-AV-15K')).all()
@@ -73,49 +94,95 @@ def test_tables_4_and_6_are_of_the_small_pretraining_set():
 def test_whole_frames_are_not_set_beside_crops():
     "A run whose words are read from whole frames leaves the cells of lip crops empty."
     scores = full_grid('params.yaml')
-    frames = scores.assign(input=scores.input.mask(scores.task.isin(['lrw', 'lrs2']) & (scores.setting == 'plain'), 'full_frame'))
-    line = next(line for line in table(paper_tables(frames, LAYOUT, REPORTED), 5).splitlines() if line.startswith('| global and local'))
-    cells = [cell.strip() for cell in line.split('|')[2:-1]]
-    assert cells[:4] == ['', '*45.1*', '', '*89.2*'] and all(cells[4:])
+    plain_lips = scores.task.isin(['lrw', 'lrs2']) & (scores.setting == 'plain')
+    frames = scores.assign(input=scores.input.mask(plain_lips, 'full_frame'))
+    lines = table(paper_tables(frames, LAYOUT, REPORTED), 5).splitlines()
+    line = next(line for line in lines if line.startswith('| global and local'))
+    _, *numbers = cells(line)
+    assert numbers[:4] == ['', '*45.1*', '', '*89.2*']
+    assert all(numbers[4:])
 
 
-def words(right, seed, groups=20):
-    "Predictions of two folds, of which some are right; the first fold was trained on 5 of 40 clips, the second on all of its 8."
-    fold = np.arange(len(right)) % 2
-    return pd.DataFrame({'round': np.where(fold, 'fold 2', 'fold 1'), 'clip': [f'c{k}' for k in range(len(right))],
-                         'group': [f'g{k % groups}' for k in range(len(right))], 'label': 'a', 'predicted': np.where(right, 'a', 'b'),
-                         'train': np.where(fold, 8, 5), 'available': np.where(fold, 8, 40), 'seed': seed})
+def words(correct, seed, groups=20):
+    "Predictions of two folds; the first fold was trained on 5 of 40 clips, the second on all of its 8."
+    numbers = np.arange(len(correct))
+    second = numbers % 2 == 1
+    return pd.DataFrame(dict(
+        split=np.where(second, 'fold 2', 'fold 1'),
+        clip=[f'c{k}' for k in numbers],
+        group=[f'g{k % groups}' for k in numbers],
+        label='a',
+        predicted=np.where(correct, 'a', 'b'),
+        train=np.where(second, 8, 5),
+        available=np.where(second, 8, 40),
+        seed=seed))
 
 
 def test_share_of_labels_is_counted():
     assert share_of_labels(words(np.ones(60, bool), 0)) == pytest.approx(13/48)
 
 
-def test_differences_are_of_the_same_clips_and_seeds():
-    "Against a loop: the mean over folds of the difference of hits, and no interval from fewer than ten groups."
+CHANCES = dict(glcm=0.8, glcm_no_mil=0.6, scratch=0.3)
+
+
+@pytest.fixture
+def correct():
+    "(variant, seed) -> which of 60 clips are classified correctly."
     rng = np.random.default_rng(0)
-    hits = {(variant, seed): rng.random(60) < chance for variant, chance in (('glcm', 0.8), ('glcm_no_mil', 0.6), ('scratch', 0.3)) for seed in (0, 1)}
-    def tables(groups): return {(v, 'lrw', 'plain'): pd.concat([words(hits[v, seed], seed, groups) for seed in (0, 1)]) for v in ('glcm', 'glcm_no_mil', 'scratch')}
-    found = variant_differences(tables(20), ['glcm', 'glcm_no_mil', 'scratch']).set_index(['variant', 'against'])
+    found = {}
+    for variant, chance in CHANCES.items():
+        for seed in (0, 1):
+            found[variant, seed] = rng.random(60) < chance
+    return found
+
+
+def differences(correct, groups):
+    "Of words that all variants were tested on with two seeds."
+    tables = {}
+    for variant in CHANCES:
+        of_seeds = [words(correct[variant, seed], seed, groups) for seed in (0, 1)]
+        tables[variant, 'lrw', 'plain'] = pd.concat(of_seeds)
+    return variant_differences(tables, list(CHANCES))
+
+
+def test_differences_are_of_the_same_clips_and_seeds(correct):
+    "Against a loop: the mean over seeds and folds of the difference of accuracies."
+    found = differences(correct, groups=20).set_index(['variant', 'against'])
     assert set(found.index) == {('glcm', 'scratch'), ('glcm_no_mil', 'glcm'), ('glcm_no_mil', 'scratch')}
     for (variant, other), row in found.iterrows():
-        each = [(hits[variant, seed][fold::2].mean() - hits[other, seed][fold::2].mean()) for seed in (0, 1) for fold in (0, 1)]
-        assert row.difference == pytest.approx(np.mean(each))
-        assert row.low < row.difference < row.high and (row.clips, row.groups, row.seeds) == (60, 20, 2)
-    settings = {('glcm', 'lrw', setting): words(hits['glcm', seed], 0) for setting, seed in (('plain', 0), ('global', 1))}
-    row, = variant_differences(settings, ['glcm']).itertuples()
+        of_folds = []
+        for seed in (0, 1):
+            for fold in (0, 1):
+                of_folds.append(correct[variant, seed][fold::2].mean() - correct[other, seed][fold::2].mean())
+        assert row.difference == pytest.approx(np.mean(of_folds))
+        assert row.low < row.difference < row.high
+        assert (row.clips, row.groups, row.seeds) == (60, 20, 2)
+
+
+def test_differences_of_few_groups_have_no_interval(correct):
+    few = differences(correct, groups=5)
+    assert few[['low', 'high']].isna().all(axis=None)
+    assert (few.groups == 5).all()
+
+
+def test_settings_of_a_variant_are_compared(correct):
+    tables = {
+        ('glcm', 'lrw', 'plain'): words(correct['glcm', 0], 0),
+        ('glcm', 'lrw', 'global'): words(correct['glcm', 1], 0)}
+    row, = variant_differences(tables, ['glcm']).itertuples()
     assert (row.setting, row.against, row.against_setting) == ('global', 'glcm', 'plain')
-    assert row.difference == pytest.approx(hits['glcm', 1].mean() - hits['glcm', 0].mean())
-    few = variant_differences(tables(5), ['glcm', 'glcm_no_mil', 'scratch'])
-    assert few[['low', 'high']].isna().all(axis=None) and (few.groups == 5).all()
+    assert row.difference == pytest.approx(correct['glcm', 1].mean() - correct['glcm', 0].mean())
 
 
 def test_scores_of_seeds_stay_apart():
-    right = np.arange(60) < 30
-    predictions = {('glcm', 'lrw', 'plain'): pd.concat([words(right, 0), words(~right, 1)])}
+    correct = np.arange(60) < 30
+    predictions = {('glcm', 'lrw', 'plain'): pd.concat([words(correct, 0), words(~correct, 1)])}
     scores = task_metrics(predictions, read_params())
-    assert scores.seed.tolist() == [0, 1] and scores.value.tolist() == pytest.approx([0.5, 0.5]) and (scores.clips == 60).all()
-    assert scores.labels.tolist() == pytest.approx([13/48]*2) and set(scores.input) == {'lip_crop'}
+    assert scores.seed.tolist() == [0, 1]
+    assert scores.value.tolist() == pytest.approx([0.5, 0.5])
+    assert (scores.clips == 60).all()
+    assert scores.labels.tolist() == pytest.approx([13/48]*2)
+    assert set(scores.input) == {'lip_crop'}
 
 
 def test_words_for_the_tables_count_the_miniature():

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from glcm.core import InputError, generator, read_params, root
 from glcm.data.shards import ClipStore
 from glcm.encoders import BasicBlock
-from glcm.metrics import deepfake_scores, sentence_errors, sentence_scores, task_scores
+from glcm.tasks.metrics import deepfake_scores, sentence_errors, sentence_scores
+from glcm.tasks.statistics import task_scores
 from glcm.model import GLCM
 from glcm.runs import run_config
 from glcm.tasks.classify import Classifier
@@ -73,7 +74,7 @@ def test_interval_holds_the_number_and_shrinks_with_clips():
     rng = np.random.default_rng(0)
     def scores(clips):
         hits = rng.random(clips) < 0.6
-        return task_scores(pd.DataFrame(dict(round='test', clip=[str(k) for k in range(clips)], group='', label='a', predicted=np.where(hits, 'a', 'b')))).loc['top1']
+        return task_scores(pd.DataFrame(dict(split='test', clip=[str(k) for k in range(clips)], group='', label='a', predicted=np.where(hits, 'a', 'b')))).loc['top1']
     few, many = scores(50), scores(800)
     assert few.low < few.value < few.high and many.low < many.value < many.high
     assert 3 < (few.high - few.low)/(many.high - many.low) < 5.5  # by the square root of 16

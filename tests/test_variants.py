@@ -54,9 +54,9 @@ STAGE_MODULES = { # what the notebook of each stage calls; pictures within a not
     'preprocess': ['data.preprocess'],
     'gather': ['data.views'],
     'pretrain': ['training.pretrain'],
-    'localize': ['tasks.localize', 'figures'],
+    'localize': ['tasks.localize', 'tasks.attend', 'report.figures'],
     'finetune': ['tasks.finetune'],
-    'figures': ['figures', 'tables'],
+    'figures': ['tasks.attend', 'report.figures', 'report.tables'],
 }
 
 

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 from ..core import InputError, atomic_path, generator, parse, progress, seed_everything
 from ..data.shards import ClipStore
 from ..data.planes import to_rgb
-from ..metrics import deepfake_scores, sentence_errors, sentence_scores
+from .metrics import deepfake_scores, sentence_errors, sentence_scores
 from ..model import GLCM
 from ..runs import RunConfig, code_hash, data_hash, read_state, save_tensors, with_weights
 from .classify import Classifier
@@ -410,15 +410,15 @@ class Finetuning:
         rows = []
         for i, prediction in progress(predictions, f'{split.name}: {side} clips', len(clips)):
             clip = self.store.clips[i]
-            row = {'round': split.name, 'clip': clip['clip'], 'group': clip['group'], truth: clip[truth]}
+            row = {'split': split.name, 'clip': clip['clip'], 'group': clip['group'], truth: clip[truth]}
             rows.append(row | prediction | dict(train=len(split.train), available=split.available))
         return rows
 
 # %% ../../nbs/47_tasks.finetune.ipynb #016ed999
-def compare_candidates(job: Finetuning, split: Split, clips: list) -> list[dict]: # round, candidate, metric, value, train, validate, chosen
+def compare_candidates(job: Finetuning, split: Split, clips: list) -> list[dict]: # split, candidate, metric, value, train, validate, chosen
     "Train each candidate on these clips and score it on the validation clips."
     config = job.config
-    tried = [row for row in job.done['choices'] if row['round'] == split.name] # before the run was interrupted
+    tried = [row for row in job.done['choices'] if row['split'] == split.name] # before the run was interrupted
     for k, candidate in enumerate(config.candidates()):
         if k < len(tried):
             continue
@@ -426,7 +426,7 @@ def compare_candidates(job: Finetuning, split: Split, clips: list) -> list[dict]
         predictions = pd.DataFrame(job.predict(network, split, split.validate, 'validation'))
         value = validation_score(predictions, config.target)
         name = ', '.join(f'{key}: {changed}' for key, changed in config.choose[k].items())
-        tried.append({'round': split.name, 'candidate': name, 'metric': METRICS[config.target], 'value': value,
+        tried.append({'split': split.name, 'candidate': name, 'metric': METRICS[config.target], 'value': value,
                       'train': len(clips), 'validate': len(split.validate), 'chosen': False})
         job.done['choices'].append(tried[-1])
         if best_candidate(tried) == k:
@@ -449,7 +449,7 @@ def train_best(job: Finetuning, split: Split) -> TaskNetwork:
     return network.eval()
 
 # %% ../../nbs/47_tasks.finetune.ipynb #cccb247f
-CHOICES = 'round', 'candidate', 'metric', 'value', 'train', 'validate', 'chosen' # columns of choices.csv
+CHOICES = 'split', 'candidate', 'metric', 'value', 'train', 'validate', 'chosen' # columns of choices.csv
 
 def finetune(
     model: GLCM, # with the weights to start from; it is left as it is
@@ -460,7 +460,7 @@ def finetune(
     workers: int = 0, # loader processes
     keep: str | Path | None = None, # folder for the finetuned networks, one file for each split, and choices.csv: candidates with their scores
     state: FinetuneState | None = None, # where the state is kept while the run is unfinished
-) -> pd.DataFrame: # round (name of the split), clip, group, label or text, the prediction, and how many training clips were used (train) of how many (available)
+) -> pd.DataFrame: # split (its name), clip, group, label or text, the prediction, and how many training clips were used (train) of how many (available)
     "Finetune and test on every split of a task; raises `InputError` for clips that cannot be used so."
     check_spectrograms(store, config, run)
     job = Finetuning(model, run, store, config, seed, workers, state)

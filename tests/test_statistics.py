@@ -1,0 +1,204 @@
+"""Intervals and differences: coverage by simulation, equality with scipy, and tables that cannot be compared."""
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import bootstrap
+
+from glcm.core import InputError, generator
+from glcm.tasks.statistics import MIN_GROUPS, group_numbers, paired_difference, task_scores, with_intervals
+
+
+def classified(correct, group, **columns):
+    "A table of predictions of which some are correct."
+    clips = [str(k) for k in range(len(correct))]
+    predicted = np.where(correct, 'a', 'b')
+    table = dict(split='test', clip=clips, group=group, label='a', predicted=predicted)
+    return pd.DataFrame(table | columns)
+
+
+def scipy_interval(data, statistic, **options):
+    "Low and high of scipy's BCa interval from the same samples."
+    result = bootstrap(data, statistic, n_resamples=999, batch=100, rng=generator('bootstrap'), **options)
+    return list(result.confidence_interval)
+
+
+def covers(interval, truth):
+    return interval.low <= truth <= interval.high
+
+
+@pytest.mark.parametrize('groups', [10, 20])
+def test_intervals_of_correlated_clips_cover_the_truth(groups):
+    "Clips of a speaker are nearly all correct or all wrong. Drawing clips would cover the truth in two of three sets."
+    rng, sets, clips, truth = np.random.default_rng(groups), 300, 12, 0.6
+    group = np.repeat(np.arange(groups), clips)
+    by_group, by_clip = [], []
+    for _ in range(sets):
+        ease = rng.beta(1.5, 1.0, size=groups)[group]
+        correct = rng.random(len(ease)) < ease
+
+        def accuracy(counts):
+            return dict(top1=counts @ correct/counts.sum())
+
+        by_group.append(covers(with_intervals(accuracy, group, samples=500).loc['top1'], truth))
+        by_clip.append(covers(with_intervals(accuracy, np.arange(len(correct)), samples=200).loc['top1'], truth))
+    assert 0.88 <= np.mean(by_group) <= 0.99
+    assert np.mean(by_clip) < 0.75
+
+
+def test_too_few_groups_have_no_interval():
+    correct = np.tile([True, False, True], 12)
+
+    def scores(groups):
+        return task_scores(classified(correct, [f's{k % groups}' for k in range(36)])).loc['top1']
+
+    enough, few = scores(MIN_GROUPS), scores(MIN_GROUPS - 1)
+    assert few[['low', 'high']].isna().all()
+    assert not enough[['low', 'high']].isna().any()
+    assert few.value == enough.value == pytest.approx(2/3)
+    assert (few.groups, few.clips) == (MIN_GROUPS - 1, 36)
+
+
+def test_interval_of_a_mean_is_scipys():
+    values = np.random.default_rng(0).exponential(size=25)
+
+    def mean(counts):
+        return dict(mean=counts @ values/counts.sum())
+
+    ours = with_intervals(mean, np.arange(25), samples=999).loc['mean']
+    assert [ours.low, ours.high] == pytest.approx(scipy_interval((values,), np.mean), abs=1e-12)
+
+
+def test_interval_of_unequal_groups_is_scipys():
+    "A ratio of sums over groups, which scipy draws as pairs."
+    rng = np.random.default_rng(1)
+    group = np.repeat(np.arange(14), rng.integers(1, 9, size=14))
+    correct = rng.random(len(group)) < rng.random(14)[group]
+    ours = task_scores(classified(correct, [f's{k}' for k in group]), samples=999).loc['top1']
+
+    def ratio(correct, clips, axis):
+        return correct.sum(axis)/clips.sum(axis)
+
+    theirs = scipy_interval((np.bincount(group, correct), np.bincount(group)), ratio, paired=True)
+    assert [ours.low, ours.high] == pytest.approx(theirs, abs=1e-12)
+
+
+def test_undefined_bca_is_replaced_by_percentiles():
+    perfect = task_scores(classified(np.ones(40, bool), '')).loc['top1']
+    assert [perfect.low, perfect.high] == [1, 1]
+    logit = np.random.default_rng(2).normal(size=16)
+    clips = [str(k) for k in range(16)]
+    label = ['REAL']*2 + ['FAKE']*14  # two real videos: some samples have none
+    videos = pd.DataFrame(dict(split='test', clip=clips, group='', label=label, logit=logit))
+    auc = task_scores(videos).loc['auc']
+    assert 0 <= auc.low < auc.value < auc.high <= 1
+    one_sided = task_scores(videos.iloc[2:]).loc['auc']
+    assert math.isnan(one_sided.value) and math.isnan(one_sided.low)
+
+
+def test_groups_are_not_mistaken_for_clips():
+    table = pd.DataFrame(dict(clip=['s1', 'b', 'c', 'd'], group=['', 's1', 's1', None]))
+    assert group_numbers(table).tolist() == [0, 1, 1, 2]
+
+
+def two_variants(rng, groups=16, clips=6, seeds=2, gain=0.06):
+    "Shares of time steps found in clips of some sources, by two variants that mostly agree, with several seeds."
+    numbers = np.arange(groups*clips)
+    rows = pd.DataFrame(dict(clip=numbers.astype(str), group=[f's{k//clips}' for k in numbers], offset=0))
+    shared = np.repeat(rng.normal(0.5, 0.2, size=groups), clips) + rng.normal(0, 0.05, size=len(rows))
+    gains = np.repeat(rng.normal(gain, 0.05, size=groups), clips)
+
+    def variant(level):
+        tables = [rows.assign(seed=seed, hits=level + rng.normal(0, 0.05, size=len(rows))) for seed in range(seeds)]
+        return pd.concat(tables, ignore_index=True)
+
+    return variant(shared + gains), variant(shared)
+
+
+def test_paired_intervals_cover_the_difference_and_are_narrow():
+    rng, sets = np.random.default_rng(0), 100
+    covered, above_zero = [], []
+    for _ in range(sets):
+        ours, theirs = two_variants(rng)
+        difference = paired_difference(ours, theirs, samples=200).loc['synchronisation']
+        covered.append(covers(difference, 0.06))
+        above_zero.append(difference.low > 0)
+    assert 0.88 <= np.mean(covered) <= 0.99
+    assert np.mean(above_zero) > 0.9
+    alone = [task_scores(table, samples=300).loc['synchronisation'] for table in (ours, theirs)]
+    assert difference.high - difference.low < 0.5*min(one.high - one.low for one in alone)
+    assert max(one.low for one in alone) < min(one.high for one in alone)  # their own intervals overlap
+    assert (difference.clips, difference.groups, difference.seeds) == (96, 16, 2)
+
+
+def test_difference_is_that_of_the_means_over_seeds_and_scipys():
+    ours, theirs = two_variants(np.random.default_rng(1))
+    difference = paired_difference(ours, theirs, samples=999).loc['synchronisation']
+    means = [table.groupby('seed').hits.mean().mean() for table in (ours, theirs)]
+    assert difference.difference == pytest.approx(means[0] - means[1])
+    by_group = ours.groupby('group').hits.mean() - theirs.groupby('group').hits.mean()
+    order = pd.unique(ours.sort_values('clip').group)  # in which they are numbered
+    reference = scipy_interval((by_group[order],), np.mean)
+    assert [difference.low, difference.high] == pytest.approx(reference, abs=1e-12)
+
+
+@pytest.mark.parametrize('outcome', [
+    dict(label='a', predicted='a'),
+    dict(label='FAKE', logit=2.0),
+    dict(text='SET RED', predicted='SET')])
+def test_identical_predictions_do_not_differ(outcome):
+    table = pd.DataFrame(dict(seed=0, split='a', clip=[str(k) for k in range(12)], group='') | outcome)
+    if 'logit' in outcome:
+        table.loc[:5, 'label'] = 'REAL'
+    difference = paired_difference(table, table.iloc[::-1], samples=200)
+    assert (difference[['difference', 'low', 'high']] == 0).all(axis=None)
+
+
+def test_metrics_are_subtracted_not_clips():
+    "Word error rates of two variants, against a direct computation for each seed."
+    rng = np.random.default_rng(4)
+    words = ['bin', 'blue', 'at', 'f', 'now']
+    texts = [' '.join(rng.choice(words, rng.integers(1, 6))) for _ in range(12)]
+    clips = [str(k) for k in range(12)]
+
+    def predict(text, accuracy):
+        return ' '.join(word if rng.random() < accuracy else 'set' for word in text.split())
+
+    def variant(accuracy):
+        tables = []
+        for seed in (0, 1):
+            predicted = [predict(text, accuracy) for text in texts]
+            table = dict(seed=seed, split='a', clip=clips, group='', text=texts, predicted=predicted)
+            tables.append(pd.DataFrame(table))
+        rates = [task_scores(table, samples=10).value['wer'] for table in tables]
+        return pd.concat(tables, ignore_index=True), np.mean(rates)
+
+    ours, our_rate = variant(0.9)
+    theirs, their_rate = variant(0.3)
+    difference = paired_difference(ours, theirs, samples=300).loc['wer']
+    assert difference.difference == pytest.approx(our_rate - their_rate)
+    assert difference.low < difference.difference < difference.high < 0
+
+
+def test_few_groups_have_a_difference_and_no_interval():
+    ours, theirs = two_variants(np.random.default_rng(2), groups=MIN_GROUPS - 1)
+    difference = paired_difference(ours, theirs, samples=100).loc['synchronisation']
+    assert math.isfinite(difference.difference)
+    assert math.isnan(difference.low) and math.isnan(difference.high)
+
+
+@pytest.mark.parametrize('change, message', [
+    (lambda t: t[t.seed == 0], 'only one of two variants has the seed 1'),
+    (lambda t: t.assign(seed=t.seed + 1), r'only one of two variants has the seed 0 \(and 1 more\)'),
+    (lambda t: t[t['clip'] != '7'], 'only one of two variants has the clip 7'),
+    (lambda t: t.drop(index=3), 'only one of two variants has the combination 0, 0, 3 of seed, offset, clip'),
+    (lambda t: t.drop(columns='seed').drop_duplicates('clip'),
+     'one table has the columns seed, offset, clip, the other offset, clip'),
+    (lambda t: t.assign(group=''), "has the group 's0' with one variant and '' with the other"),
+    (lambda t: pd.concat([t, t]), 'several rows for seed 0, offset 0, clip 0'),
+    (lambda t: t[:0], 'no clips to compare')])
+def test_rows_without_a_pair_are_named(change, message):
+    ours, theirs = two_variants(np.random.default_rng(3))
+    with pytest.raises(InputError, match=message):
+        paired_difference(ours, change(theirs))
