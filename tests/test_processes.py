@@ -26,7 +26,7 @@ from glcm.processes import only_run
 from glcm.runs import MachineConfig, run_config, save_tensors
 from glcm.stage import run_stage
 from glcm.testing import tiny_params
-from glcm.train import train
+from glcm.training.pretrain import train
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENT = os.environ | dict(PYTHONPATH=f'{ROOT}:{ROOT/"tests"}')
