@@ -149,7 +149,7 @@ class Decoding:
     def _damage(self, what: str) -> Rejection: return Rejection('does not decode', f'{self.name}: {what}')
 
 # %% ../../nbs/02e_data.decoding.ipynb #013
-LENGTH_IS_GUESSED = 'mpeg', 'mpegts' # formats, by FFmpeg's names
+LENGTH_IS_GUESSED = 'mpeg', 'mpegts', 'aac', 'ac3', 'eac3', 'dts', 'amr' # formats whose length FFmpeg estimates, by its names
 
 def refuse_length(
     decoding: Decoding, # all of whose frames were decoded
