@@ -23,7 +23,7 @@ from .core import InputError
 from .data.audio import log_mel
 from .data.shards import ClipStore
 from .data.video import read_recording
-from .data.views import scaled
+from .data.views import scale_mel
 from .model import GLCM
 from .tasks.localize import evaluation_clips, look, middle_span
 from .runs import RunConfig
@@ -229,7 +229,7 @@ def attend(
     if len(frames) < length:
         raise InputError(f'{len(frames)} frames of picture and sound are too few: the model looks at '
                          f'{length} at a time')
-    video, audio = torch.from_numpy(frames).permute(3, 0, 1, 2)[None], scaled(mel)[None]
+    video, audio = torch.from_numpy(frames).permute(3, 0, 1, 2)[None], scale_mel(torch.from_numpy(mel))[None]
     fade = np.minimum(np.arange(1, length + 1), np.arange(length, 0, -1)).astype(np.float32)
     total, weight = np.zeros(frames.shape[:3], np.float32), np.zeros(len(frames), np.float32)
     for start in [*range(0, len(frames) - length, max(1, length//2)), len(frames) - length]:

@@ -31,9 +31,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from .core import InputError, atomic_path, parse, progress, read_params, seed_everything
 from .data.shards import ClipStore
-from .data.video import to_rgb
-from .data.views import TrainingViews, training_batches, training_clips
-from .distributed import Ranks, handling, joined, launch
+from .data.views import TrainingViews, overlap, prepare_inputs, training_batches, training_clips
+from .distributed import Ranks, launch, process_group, signal_handlers
 from .encoders import frozen_statistics, reset_batchnorm_statistics
 from .losses import ALONE
 from .model import GLCM, Embeddings, glcm_loss
@@ -142,7 +141,7 @@ class Diverged(RuntimeError):
 def training_step(
     model: GLCM | DistributedDataParallel,
     optimizer: torch.optim.Optimizer,
-    batch: dict, # planes (B, T, 3h/2, w) uint8, audio (B, F, N) float32, shift (B,) steps, clip names
+    batch: dict, # planes (B, T, 3h/2, w) uint8, mel (B, F, N) float32, shift (B,) steps, clip names
     config: RunConfig,
     step: int, # number of the step, for the learning rate
     device: torch.device,
@@ -155,10 +154,11 @@ def training_step(
     for group in optimizer.param_groups: group['lr'] = lr
     optimizer.zero_grad(set_to_none=True)
     with timed('forward'):
-        planes, audio, shift = (batch[k].to(device, non_blocking=True) for k in ('planes', 'audio', 'shift'))
-        parts = list(zip(*(x.chunk(config.pretrain.accumulate) for x in (to_rgb(planes).transpose(1, 2), audio))))
+        inputs = prepare_inputs(batch['planes'], batch['mel'], device)
+        shift = batch['shift'].to(device, non_blocking=True)
+        parts = list(zip(*(x.chunk(config.pretrain.accumulate) for x in inputs)))
         embeddings = _forward(model, parts[0], config) if len(parts) == 1 else _detached(model, parts, config)
-    with timed('loss'): losses = glcm_loss(embeddings.overlap(shift, config.views.shift), config.loss, ranks)
+    with timed('loss'): losses = glcm_loss(overlap(embeddings, shift, config.views.shift), config.loss, ranks)
     with timed('backward'):
         losses['loss'].backward()
         if len(parts) > 1: _backward(model, parts, embeddings, config)
@@ -208,7 +208,7 @@ def stop_signals():
         if number == signal.SIGINT and first and time.monotonic() - first[0] > 1: raise KeyboardInterrupt
         asked.append(number)
         first.append(time.monotonic())
-    with handling(ask, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1): yield asked
+    with signal_handlers(ask, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1): yield asked
 
 # %% ../nbs/18_train.ipynb #022
 def train(
@@ -219,7 +219,7 @@ def train(
     resume: str | Path, # folder for the state of this run while it is unfinished
 ) -> pd.DataFrame: # step, loss, global_loss, local_loss and lr of each step
     "Pretrain a model as this process's share of a run, or go on with a run that was interrupted, and write its checkpoint."
-    with joined() as ranks, stop_signals() as stop:
+    with process_group() as ranks, stop_signals() as stop:
         stores = [ClipStore(Path(clips)/name) for name in config.pretrain.datasets]
         data = data_hash(stores)
         if (done := _finished(out, config, data)) is not None: return done
@@ -238,7 +238,7 @@ def train(
             with atomic_path(Path(out)/'steps.csv') as path: losses.to_csv(path, index=False)
             save_checkpoint(Path(out)/'checkpoint.pt', config, data, len(history), model.cpu())
             state.remove()
-        ranks.wait()
+        ranks.barrier()
     return losses
 
 # %% ../nbs/18_train.ipynb #57ce5d42
@@ -247,7 +247,7 @@ UNTRAINED_BATCHES = 16 # that the batch norms of random weights see
 def _see_clips(model, views, config, machine, ranks):
     "Give the batch norms of a model that is not trained the statistics of its training clips."
     batches = training_batches(views, config.pretrain.batch, UNTRAINED_BATCHES, 0, machine.workers, ranks.rank, ranks.size)
-    inputs = lambda batch: (to_rgb(batch['planes'].to(ranks.device)).transpose(1, 2), batch['audio'].to(ranks.device))
+    inputs = lambda batch: prepare_inputs(batch['planes'], batch['mel'], ranks.device)
     reset_batchnorm_statistics(model, map(inputs, batches))
 
 # %% ../nbs/18_train.ipynb #023
@@ -262,7 +262,7 @@ def _finished(out, config, data):
 def _agree(ranks, step, state):
     "Raise `InputError` unless all ranks begin at the same step of the same run."
     mine = [step] + [int(hashlib.sha256(json.dumps(state.about[name]).encode()).hexdigest()[:15], 16) for name in ('config', 'data', 'code')]
-    all_ranks = ranks.gather(torch.tensor([mine], device=ranks.device)).T.tolist()
+    all_ranks = ranks.all_gather(torch.tensor([mine], device=ranks.device)).T.tolist()
     for name, values in zip(('checkpoint', 'configuration', 'data', 'code'), all_ranks):
         if len(set(values)) > 1:
             raise InputError(f'{name} of {ranks} is not that of every rank: all machines should see the same folders (unfinished run in {state.folder})')
@@ -307,7 +307,7 @@ def _steps(network, model, optimizer, views, config, machine, history, state, st
             saved = time.monotonic()
             report()
         if stopping:
-            ranks.wait() # for the one that writes: torchrun ends all when one has ended
+            ranks.barrier() # for the one that writes: torchrun ends all when one has ended
             number = signal.Signals(stop[0] if stop else signal.SIGTERM)
             raise Stopped(f'stopped by {number.name} after step {step}: the same call goes on from {state.folder}', number)
     if first and steps > begin: report()

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from glcm.attention import attention_scores
 from glcm.core import InputError, root
 from glcm.data.shards import ClipStore
 from glcm.figures import plot_attention
 from glcm.metrics import above_half_range, above_median, baseline_maps, box_weights, ciou, paired_difference, task_scores
 from glcm.model import GLCM
 from glcm.runs import run_config, save_checkpoint
-from glcm.tasks.localize import attention_scores, evaluation_clips, localize, look, middle_span, score_map, summarise, synchronise
+from glcm.tasks.localize import evaluation_clips, localize, look, middle_span, score_map, summarise, synchronise
 from glcm.testing import tiny_clips, tiny_params
 
 RUN = run_config(tiny_params(), 'glcm', 0)
@@ -94,7 +95,7 @@ def test_scores_do_not_saturate(boxed):
     with torch.no_grad(): model.project['video_global'].weight.mul_(3000)
     video, audio = middle_span(boxed, 0, RUN.views.frames)
     with torch.inference_mode(): embeddings = model(video, audio)
-    scores = attention_scores(embeddings, 1.0)
+    scores = attention_scores(embeddings.audio_global, embeddings.video_global, 1.0)
     assert (embeddings.attention == 0).sum() > 10 and len(scores.unique()) == scores.numel()
     by_hand = [[(embeddings.audio_global[0].double()*embeddings.video_global[0, :, y, x].double()).sum().item() for x in range(config.grid)]
                for y in range(config.grid)]

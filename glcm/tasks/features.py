@@ -15,10 +15,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..attention import attention_map, attention_pool, mean_pool
+from ..attention import attention_pool, mean_pool
 from ..core import InputError
 from ..encoders import CONV, NORM, POOL, reset_batchnorm_statistics
-from ..model import GLCM
+from ..model import GLCM, normalize_frames
 from ..runs import RunConfig
 from .protocol import TaskConfig
 
@@ -89,11 +89,11 @@ class Features(nn.Module):
     def __init__(self, model: GLCM, run: RunConfig, config: TaskConfig):
         super().__init__()
         self.config, self.stride = config, run.views.frames//run.model.global_frames
-        self.gaze = copy.deepcopy(model).eval().requires_grad_(False) if config.attends else None
+        self.attention_model = copy.deepcopy(model).eval().requires_grad_(False) if config.attends else None
         names = [name for name in ('global', 'local') if config.sees and name in config.features]
         names += ['audio'] if 'audio' in config.modality else []
         self.encoders = nn.ModuleDict({name: getattr(model, f'{name}_encoder') for name in names})
-        if config.attends: del self.gaze.local_encoder
+        if config.attends: del self.attention_model.local_encoder
         for name in ('mean', 'std'): self.register_buffer(name, getattr(model, name), persistent=False)
         self.channels = sum(encoder.channels for encoder in self.encoders.values())
         self.freeze(config.probe)
@@ -116,7 +116,7 @@ class Features(nn.Module):
     def train(self, mode: bool = True):
         "The copy that attends is never in training, and frozen encoders are not."
         super().train(mode)
-        if self.gaze: self.gaze.eval()
+        if self.attention_model: self.attention_model.eval()
         if self.frozen: self.encoders.eval()
         return self
 
@@ -130,7 +130,7 @@ class Features(nn.Module):
         if not self.config.sees: return self.encoders['audio'](audio)
         if length is not None and not (length < video.shape[2]).any(): length = None
         frames, parts = self.normalized(video, length), []
-        attention = self.attention(frames, audio, length) if self.gaze else None
+        attention = self.attention(frames, audio, length) if self.attention_model else None
         if 'global' in self.encoders:
             some, steps = frames[:, :, ::self.stride], torch.arange(frames.shape[2], device=frames.device)
             sparse = self.pooled('global', some, attention, None if length is None else -(-length//self.stride))
@@ -143,7 +143,7 @@ class Features(nn.Module):
         "(B, 3, T, h, w): the frames as the encoders take them, zero in the padding."
         if video.ndim != 5 or video.shape[1] != 3 or video.dtype != torch.uint8 or min(video.shape[3:]) < 32:
             raise InputError(f'video should be (B, 3, T, h, w) uint8 of at least 32x32 pixels, not {tuple(video.shape)} {video.dtype}')
-        frames = (video.to(self.mean.dtype)/255 - self.mean)/self.std
+        frames = normalize_frames(video, self.mean, self.std)
         return frames if length is None else frames*inside_clips(length, video.shape[2])[:, None, :, None, None]
 
     def pooled(self, name, frames, attention, length):
@@ -157,11 +157,10 @@ class Features(nn.Module):
         if length is not None:
             alone = [(int(n), round(int(n)*audio.shape[2]/frames.shape[2])) for n in length]
             return torch.cat([self.attention(frames[k:k + 1, :, :seen], audio[k:k + 1, :, :heard]) for k, (seen, heard) in enumerate(alone)])
-        if frames.shape[2] < self.gaze.config.global_frames:
-            raise InputError(f'{frames.shape[2]} frames are too few to attend: the global view has {self.gaze.config.global_frames}')
-        sound = self.gaze.embed('audio_global', self.gaze.audio_encoder(audio).mean(-1, keepdim=True)).squeeze(-1)
-        seen = self.gaze.embed('video_global', self.gaze.global_features(frames))
-        return attention_map(sound, seen, self.gaze.config.attention_temperature)
+        if frames.shape[2] < self.attention_model.config.global_frames:
+            raise InputError(f'{frames.shape[2]} frames are too few to attend: the global view has {self.attention_model.config.global_frames}')
+        _, _, attention = self.attention_model.global_pathway(frames, self.attention_model.audio_encoder(audio))
+        return attention
 
 class OnFeatures(nn.Module):
     "A task's network: its `features`, and in `told` what it makes of them."

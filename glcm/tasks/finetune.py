@@ -24,7 +24,7 @@ from torch.utils.data import Dataset
 
 from ..core import InputError, atomic_path, generator, parse, progress, seed_everything
 from ..data.shards import ClipStore
-from ..data.video import to_rgb
+from ..data.views import prepare_inputs
 from ..metrics import deepfake_scores, sentence_errors, sentence_scores
 from ..model import GLCM
 from ..runs import CODE, RunConfig, code_hash, data_hash, read_state, with_weights
@@ -53,8 +53,8 @@ def given(
     device: torch.device,
 ) -> tuple: # video (B, 3, T, h, w) uint8, audio (B, F, N), length (B,); None for what the batch lacks
     "A batch of windows as the network takes it."
-    planes, audio, length = (batch[name].to(device, non_blocking=True) if name in batch else None for name in ('planes', 'mel', 'length'))
-    return None if planes is None else to_rgb(planes).transpose(1, 2), audio, length
+    length = batch['length'].to(device, non_blocking=True) if 'length' in batch else None
+    return *prepare_inputs(batch.get('planes'), batch.get('mel'), device), length
 
 def shown(
     network: nn.Module, # with `config`, `features` and `told`

@@ -23,7 +23,7 @@ from ..core import InputError, generator, parse
 from ..data.catalogue import leaks
 from ..data.lists import chance
 from ..data.shards import ClipStore, columns_until
-from ..data.views import cropped, flipped, scaled
+from ..data.views import MEL_CENTRE, crop_planes, flip_planes
 
 # %% ../../nbs/21_tasks.protocol.ipynb #005
 CHOSEN = 'frozen', 'epochs', 'batch', 'lr', 'weight_decay', 'flip', 'dropout' # values that candidates may change
@@ -249,7 +249,7 @@ def _labelled(clips, train, fraction):
 
 # %% ../../nbs/21_tasks.protocol.ipynb #015
 def sound_window(
-    mel: torch.Tensor, # (F, N) scaled log-mel of a clip
+    mel: torch.Tensor, # (F, N) log10 mel energies of a clip
     columns: int, # length of the window
     start: int, # its first column
 ) -> torch.Tensor: # (F, columns)
@@ -267,8 +267,8 @@ def picture_window(
     height, width = planes.shape[1]*2//3, planes.shape[2]
     if side > min(height, width): raise InputError(f'frames of {width}x{height} pixels are smaller than a crop of {side}')
     if len(planes) < frames: planes = planes[np.arange(frames) % len(planes)]
-    planes = cropped(planes, *(2*round(p*(length - side)/2) for p, length in zip(place, (height, width))), side)
-    return flipped(planes) if mirrored else planes
+    planes = crop_planes(planes, *(2*round(p*(length - side)/2) for p, length in zip(place, (height, width))), side)
+    return flip_planes(planes) if mirrored else planes
 
 # %% ../../nbs/21_tasks.protocol.ipynb #017
 class LabelledWindows(Dataset):
@@ -297,7 +297,7 @@ class LabelledWindows(Dataset):
             except InputError as e: raise InputError(f"clip {row['clip']} of {self.store.folder}: {e}; store larger frames (datasets.*.short_side) or crop less") from None
             window['planes'] = torch.from_numpy(planes)
         if config.hears:
-            mel, about = scaled(self.store.mel(i)), self.store.about
+            mel, about = torch.from_numpy(self.store.mel(i)), self.store.about
             first, columns = columns_until(np.array([start, frames]), about['fps'], about['columns_per_second'])
             if not config.sees: first = round(when*max(0, mel.shape[1] - columns))
             window['mel'] = sound_window(mel, int(columns), int(first))
@@ -334,11 +334,11 @@ def test_keys(
 def padded(
     windows: list, # dictionaries of `LabelledWindows`, or of windows of which the features (channels, T) are known
 ) -> dict: # planes (B, T, 3h/2, w), mel (B, F, N), features (B, channels, T), target (B, ...), length (B,) steps of each, clip
-    "A batch; what is shorter is filled up with zeros, targets with -1."
+    "A batch; what is shorter is filled up with zeros, mel with what is zero for the encoder, targets with -1."
     batch = dict(clip=[w['clip'] for w in windows])
     for name, axis in (('planes', 0), ('features', 1)):
         if name in windows[0]: batch['length'] = torch.tensor([w[name].shape[axis] for w in windows])
-    for name, axis, value in (('planes', 0, 0), ('mel', 1, 0), ('features', 1, 0), ('target', 0, -1)):
+    for name, axis, value in (('planes', 0, 0), ('mel', 1, MEL_CENTRE), ('features', 1, 0), ('target', 0, -1)):
         if name not in windows[0]: continue
         tensors = [w[name] for w in windows]
         longest = max(t.shape[axis] for t in tensors) if tensors[0].ndim else 0
