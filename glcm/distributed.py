@@ -17,6 +17,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from fastcore.basics import patch
 
 from .core import InputError
 
@@ -43,50 +44,55 @@ class Ranks:
         "The GPU of this process, or the CPU where there is none."
         return torch.device('cuda', self.local_rank) if torch.cuda.is_available() else torch.device('cpu')
 
-    def all_gather(
-        self,
-        x: torch.Tensor, # (m, ...), the same shape on all ranks
-    ) -> torch.Tensor: # (P*m, ...), in the order of the ranks; carries no gradient
-        "The rows of all ranks."
-        if self.size == 1:
-            return x
-        out = x.new_empty(self.size*len(x), *x.shape[1:])
-        with self._communication(x):
-            dist.all_gather_into_tensor(out, x.contiguous())
-        return out
-
-    def reduce_scatter(
-        self,
-        x: torch.Tensor, # (P*m, ...), m rows for each rank
-    ) -> torch.Tensor: # (m, ...): this rank's rows, summed over all ranks
-        "The reverse of `all_gather`, for gradients."
-        if self.size == 1:
-            return x
-        out = x.new_empty(len(x)//self.size, *x.shape[1:])
-        with self._communication(x):
-            dist.reduce_scatter_tensor(out, x.contiguous())
-        return out
-
-    def mean(
-        self,
-        x: torch.Tensor, # any shape, the same on all ranks
-    ) -> torch.Tensor: # the same shape
-        "The mean over the ranks."
-        if self.size == 1:
-            return x
-        x = x.clone()
-        with self._communication(x):
-            dist.all_reduce(x)
-        return x/self.size
-
-    def barrier(self):
-        "Wait until all ranks have come here."
-        if self.size > 1:
-            dist.barrier()
-
     def _communication(self, x):
         self.sent += x.numel()*x.element_size()
         return self.timed('communication')
+
+# %% ../nbs/05_distributed.ipynb #005b
+@patch
+def all_gather(
+    self: Ranks,
+    x: torch.Tensor, # (m, ...), the same shape on all ranks
+) -> torch.Tensor: # (P*m, ...), in the order of the ranks; carries no gradient
+    "The rows of all ranks."
+    if self.size == 1:
+        return x
+    out = x.new_empty(self.size*len(x), *x.shape[1:])
+    with self._communication(x):
+        dist.all_gather_into_tensor(out, x.contiguous())
+    return out
+
+@patch
+def reduce_scatter(
+    self: Ranks,
+    x: torch.Tensor, # (P*m, ...), m rows for each rank
+) -> torch.Tensor: # (m, ...): this rank's rows, summed over all ranks
+    "The reverse of `all_gather`, for gradients."
+    if self.size == 1:
+        return x
+    out = x.new_empty(len(x)//self.size, *x.shape[1:])
+    with self._communication(x):
+        dist.reduce_scatter_tensor(out, x.contiguous())
+    return out
+
+@patch
+def mean(
+    self: Ranks,
+    x: torch.Tensor, # any shape, the same on all ranks
+) -> torch.Tensor: # the same shape
+    "The mean over the ranks."
+    if self.size == 1:
+        return x
+    x = x.clone()
+    with self._communication(x):
+        dist.all_reduce(x)
+    return x/self.size
+
+@patch
+def barrier(self: Ranks):
+    "Wait until all ranks have come here."
+    if self.size > 1:
+        dist.barrier()
 
 # %% ../nbs/05_distributed.ipynb #008
 def ranks_from_environment() -> Ranks:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
@@ -47,43 +48,48 @@ class ModelConfig:
         self._check_strides()
         self._check_projection()
 
-    def _check_choices(self):
-        choices = dict(encoders=('r3d', 'slow_fast'), projection=('none', 'linear', 'mlp'),
-                       pooling=('attention', 'mean'))
-        for name, possible in choices.items():
-            value = getattr(self, name)
-            if value not in possible:
-                raise InputError(f'model.{name} should be one of {", ".join(possible)}, not {value!r}')
+# %% ../nbs/04_model.ipynb #005b
+@patch
+def _check_choices(self: ModelConfig):
+    choices = dict(encoders=('r3d', 'slow_fast'), projection=('none', 'linear', 'mlp'),
+                   pooling=('attention', 'mean'))
+    for name, possible in choices.items():
+        value = getattr(self, name)
+        if value not in possible:
+            raise InputError(f'model.{name} should be one of {", ".join(possible)}, not {value!r}')
 
-    def _check_sizes(self):
-        least = dict(width=1, embedding=1, local_embedding=0, bands=1, global_frames=1, slices_per_step=1,
-                     mel_per_step=1, grid=0)
-        for name, smallest in least.items():
-            value = getattr(self, name)
-            if value < smallest:
-                raise InputError(f'model.{name} {value} should be {smallest} or more')
-        if not self.attention_temperature > 0:
-            raise InputError(f'model.attention_temperature {self.attention_temperature} should be above zero')
-        if self.encoders == 'slow_fast' and self.width % 8:
-            raise InputError(f'model.width {self.width} is not divisible by 8, as the fast network needs')
+@patch
+def _check_sizes(self: ModelConfig):
+    least = dict(width=1, embedding=1, local_embedding=0, bands=1, global_frames=1, slices_per_step=1,
+                 mel_per_step=1, grid=0)
+    for name, smallest in least.items():
+        value = getattr(self, name)
+        if value < smallest:
+            raise InputError(f'model.{name} {value} should be {smallest} or more')
+    if not self.attention_temperature > 0:
+        raise InputError(f'model.attention_temperature {self.attention_temperature} should be above zero')
+    if self.encoders == 'slow_fast' and self.width % 8:
+        raise InputError(f'model.width {self.width} is not divisible by 8, as the fast network needs')
 
-    def _check_strides(self):
-        if self.mel_per_step % self.slices_per_step:
-            raise InputError(f'model.mel_per_step {self.mel_per_step} is not divisible by '
-                             f'model.slices_per_step {self.slices_per_step}')
-        slice_length = self.mel_per_step//self.slices_per_step
-        stage_strides(slice_length, SPATIAL_STAGES, 'model.mel_per_step / model.slices_per_step =')
-        stage_strides(self.global_stride, SPATIAL_STAGES, 'model.global_stride')
-        stage_strides(self.local_stride, SPATIAL_STAGES, 'model.local_stride')
+@patch
+def _check_strides(self: ModelConfig):
+    if self.mel_per_step % self.slices_per_step:
+        raise InputError(f'model.mel_per_step {self.mel_per_step} is not divisible by '
+                         f'model.slices_per_step {self.slices_per_step}')
+    slice_length = self.mel_per_step//self.slices_per_step
+    stage_strides(slice_length, SPATIAL_STAGES, 'model.mel_per_step / model.slices_per_step =')
+    stage_strides(self.global_stride, SPATIAL_STAGES, 'model.global_stride')
+    stage_strides(self.local_stride, SPATIAL_STAGES, 'model.local_stride')
 
-    def _check_projection(self):
-        if self.projection != 'none':
-            return
-        channels = 8*self.width
-        sizes = {self.embedding, self.local_embedding or self.embedding}
-        if self.encoders != 'r3d' or sizes != {channels}:
-            raise InputError('without projection model.encoders is r3d and model.embedding '
-                             f'8 * model.width = {channels}, not {self.encoders} and {self.embedding}')
+@patch
+def _check_projection(self: ModelConfig):
+    if self.projection != 'none':
+        return
+    channels = 8*self.width
+    sizes = {self.embedding, self.local_embedding or self.embedding}
+    if self.encoders != 'r3d' or sizes != {channels}:
+        raise InputError('without projection model.encoders is r3d and model.embedding '
+                         f'8 * model.width = {channels}, not {self.encoders} and {self.embedding}')
 
 # %% ../nbs/04_model.ipynb #009
 class Embeddings(NamedTuple):
@@ -143,62 +149,6 @@ class GLCM(nn.Module):
         for name, values in dict(mean=KINETICS_MEAN, std=KINETICS_STD).items():
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1, 1), persistent=False)
 
-    def forward(
-        self,
-        video: torch.Tensor, # (B, 3, T, h, w) uint8 frames of the local view, at least 32x32
-        audio: torch.Tensor, # (B, F, N) scaled log-mel of the same time span, N = mel_per_step * T
-        local: bool = True, # False: leave out the local pathway, which is most of the work
-    ) -> Embeddings:
-        "Embeddings of a batch of clips (Section 3); raises `InputError` for views that do not fit together."
-        self.check(video, audio)
-        frames = normalize_frames(video, self.mean, self.std)
-        audio_features = self.audio_encoder(audio) # (B, C, T*M)
-        audio_global, video_global, attention = self.global_pathway(frames, audio_features)
-        if not local:
-            return Embeddings(audio_global, video_global, attention, None, None)
-        audio_local, video_local = self.local_pathway(frames, audio_features, attention)
-        return Embeddings(audio_global, video_global, attention, audio_local, video_local)
-
-    def global_pathway(
-        self,
-        frames: torch.Tensor, # (B, 3, T, h, w) normalised
-        audio_features: torch.Tensor, # (B, C, T*M)
-    ) -> tuple: # (B, D) audio, (B, D, H, W) cells, (B, H, W) attention map
-        "The clip's audio, each cell of its frames, and the attention map between them (Sections 3.1 and 3.3)."
-        mean_features = audio_features.mean(-1, keepdim=True)
-        z_a = self.embed('audio_global', mean_features).squeeze(-1)
-        z_v = self.embed('video_global', self.global_features(frames))
-        return z_a, z_v, attention_map(z_a, z_v, self.config.attention_temperature)
-
-    def local_pathway(
-        self,
-        frames: torch.Tensor, # (B, 3, T, h, w) normalised
-        audio_features: torch.Tensor, # (B, C, T*M)
-        attention: torch.Tensor, # (B, H, W)
-    ) -> tuple: # (B, D, T*M) audio slices, (B, D, T) visual steps
-        "Each audio slice and each frame, pooled with the attention (Sections 3.2 and 3.3)."
-        z_a = self.embed('audio_local', audio_features)
-        z_v = self.embed('video_local', self.local_features(frames, attention))
-        return z_a, z_v
-
-    def global_features(self, frames):
-        "(B, C, H, W): every few frames, encoded, averaged over time, resampled to the grid (Section 3.1)."
-        stride = frames.shape[2]//self.config.global_frames
-        features = self.global_encoder(frames[:, :, ::stride]).mean(2)
-        if not self.config.grid:
-            return features
-        size = self.config.grid, self.config.grid
-        return F.interpolate(features, size=size, mode='bilinear', align_corners=False)
-
-    def local_features(self, frames, attention):
-        "(B, C, T): every frame, encoded and pooled over space with the attention (Sections 3.2 and 3.3)."
-        features = self.local_encoder(frames) # (B, C, T, h, w)
-        if self.config.pooling == 'mean':
-            return mean_pool(features)
-        if self.config.detach_attention:
-            attention = attention.detach()
-        return attention_pool(features, attention)
-
     def embed(self, name, features):
         "Features (B, C, ...) to embeddings (B, D, ...) by the projection of that name."
         positions = features.flatten(2)
@@ -207,21 +157,86 @@ class GLCM(nn.Module):
             return z
         return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
 
-    def check(self, video, audio):
-        "Raise `InputError` unless the frames and the audio are views of one time span."
-        c = self.config
-        if video.ndim != 5 or video.shape[1] != 3 or video.dtype != torch.uint8:
-            raise InputError(f'video should be (B, 3, T, h, w) uint8, not {tuple(video.shape)} {video.dtype}')
-        if audio.ndim != 3 or audio.shape[1] != c.bands or len(audio) != len(video):
-            raise InputError(f'audio should be ({len(video)}, {c.bands}, N), not {tuple(audio.shape)}')
-        frames, height, width = video.shape[2:]
-        if min(height, width) < 32:
-            raise InputError(f'frames of {height}x{width} are too small: 32x32 is the least')
-        if frames % c.global_frames:
-            raise InputError(f'{c.global_frames} frames of the global view do not spread evenly over {frames}')
-        if audio.shape[2] != c.mel_per_step*frames:
-            raise InputError(f'{frames} frames need {c.mel_per_step} * {frames} = {c.mel_per_step*frames} '
-                             f'mel frames, not {audio.shape[2]}')
+# %% ../nbs/04_model.ipynb #014b
+@patch
+def global_features(self: GLCM, frames):
+    "(B, C, H, W): every few frames, encoded, averaged over time, resampled to the grid (Section 3.1)."
+    stride = frames.shape[2]//self.config.global_frames
+    features = self.global_encoder(frames[:, :, ::stride]).mean(2)
+    if not self.config.grid:
+        return features
+    size = self.config.grid, self.config.grid
+    return F.interpolate(features, size=size, mode='bilinear', align_corners=False)
+
+@patch
+def global_pathway(
+    self: GLCM,
+    frames: torch.Tensor, # (B, 3, T, h, w) normalised
+    audio_features: torch.Tensor, # (B, C, T*M)
+) -> tuple: # (B, D) audio, (B, D, H, W) cells, (B, H, W) attention map
+    "The clip's audio, each cell of its frames, and the attention map between them (Sections 3.1 and 3.3)."
+    mean_features = audio_features.mean(-1, keepdim=True)
+    z_a = self.embed('audio_global', mean_features).squeeze(-1)
+    z_v = self.embed('video_global', self.global_features(frames))
+    return z_a, z_v, attention_map(z_a, z_v, self.config.attention_temperature)
+
+# %% ../nbs/04_model.ipynb #014d
+@patch
+def local_features(self: GLCM, frames, attention):
+    "(B, C, T): every frame, encoded and pooled over space with the attention (Sections 3.2 and 3.3)."
+    features = self.local_encoder(frames) # (B, C, T, h, w)
+    if self.config.pooling == 'mean':
+        return mean_pool(features)
+    if self.config.detach_attention:
+        attention = attention.detach()
+    return attention_pool(features, attention)
+
+@patch
+def local_pathway(
+    self: GLCM,
+    frames: torch.Tensor, # (B, 3, T, h, w) normalised
+    audio_features: torch.Tensor, # (B, C, T*M)
+    attention: torch.Tensor, # (B, H, W)
+) -> tuple: # (B, D, T*M) audio slices, (B, D, T) visual steps
+    "Each audio slice and each frame, pooled with the attention (Sections 3.2 and 3.3)."
+    z_a = self.embed('audio_local', audio_features)
+    z_v = self.embed('video_local', self.local_features(frames, attention))
+    return z_a, z_v
+
+# %% ../nbs/04_model.ipynb #014f
+@patch
+def check(self: GLCM, video, audio):
+    "Raise `InputError` unless the frames and the audio are views of one time span."
+    c = self.config
+    if video.ndim != 5 or video.shape[1] != 3 or video.dtype != torch.uint8:
+        raise InputError(f'video should be (B, 3, T, h, w) uint8, not {tuple(video.shape)} {video.dtype}')
+    if audio.ndim != 3 or audio.shape[1] != c.bands or len(audio) != len(video):
+        raise InputError(f'audio should be ({len(video)}, {c.bands}, N), not {tuple(audio.shape)}')
+    frames, height, width = video.shape[2:]
+    if min(height, width) < 32:
+        raise InputError(f'frames of {height}x{width} are too small: 32x32 is the least')
+    if frames % c.global_frames:
+        raise InputError(f'{c.global_frames} frames of the global view do not spread evenly over {frames}')
+    if audio.shape[2] != c.mel_per_step*frames:
+        raise InputError(f'{frames} frames need {c.mel_per_step} * {frames} = {c.mel_per_step*frames} '
+                         f'mel frames, not {audio.shape[2]}')
+
+@patch
+def forward(
+    self: GLCM,
+    video: torch.Tensor, # (B, 3, T, h, w) uint8 frames of the local view, at least 32x32
+    audio: torch.Tensor, # (B, F, N) scaled log-mel of the same time span, N = mel_per_step * T
+    local: bool = True, # False: leave out the local pathway, which is most of the work
+) -> Embeddings:
+    "Embeddings of a batch of clips (Section 3); raises `InputError` for views that do not fit together."
+    self.check(video, audio)
+    frames = normalize_frames(video, self.mean, self.std)
+    audio_features = self.audio_encoder(audio) # (B, C, T*M)
+    audio_global, video_global, attention = self.global_pathway(frames, audio_features)
+    if not local:
+        return Embeddings(audio_global, video_global, attention, None, None)
+    audio_local, video_local = self.local_pathway(frames, audio_features, attention)
+    return Embeddings(audio_global, video_global, attention, audio_local, video_local)
 
 # %% ../nbs/04_model.ipynb #016
 def mean_slices(

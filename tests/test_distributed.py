@@ -16,6 +16,8 @@ from glcm.losses import mil_nce_global, mil_nce_local
 from glcm.testing import tiny_params
 from test_resume import assert_equal_runs, write_clips
 
+IMPORTS = os.pathsep.join([str(root()), str(root()/'tests')]) # of the programs
+
 STEP = textwrap.dedent('''
     """One step on this rank's share of eight clips; the first rank keeps loss and gradients."""
     import sys
@@ -108,7 +110,7 @@ def script(folder, text):
 @pytest.fixture(autouse=True)
 def in_repository(monkeypatch):
     "Programs elsewhere import the tests' helpers."
-    monkeypatch.setenv('PYTHONPATH', str(root()/'tests'))
+    monkeypatch.setenv('PYTHONPATH', IMPORTS)
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
 
 
@@ -148,7 +150,7 @@ def test_losses_over_ranks_are_those_of_one_process(tmp_path, processes):
 def one_step(tmp_path_factory):
     "Losses and gradients of one process with all eight clips."
     folder = tmp_path_factory.mktemp('one')
-    environment = os.environ | dict(PYTHONPATH=str(root()/'tests'), OMP_NUM_THREADS='1')
+    environment = os.environ | dict(PYTHONPATH=IMPORTS, OMP_NUM_THREADS='1')
     subprocess.run([sys.executable, script(folder, STEP), str(folder/'result')], check=True, env=environment)
     return torch.load(folder/'result')
 
@@ -190,7 +192,7 @@ def clips(tmp_path_factory):
     folder = tmp_path_factory.mktemp('two')
     write_clips(folder/'clips')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('PYTHONPATH', str(root()/'tests'))
+        patch.setenv('PYTHONPATH', IMPORTS)
         patch.setenv('OMP_NUM_THREADS', '1')
         launch([script(folder, TRAIN), str(folder), 'unbroken', 'resume', 'no'], 2)
     return folder
