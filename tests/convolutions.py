@@ -1,6 +1,7 @@
 """Compare each convolution of a network in bfloat16 with float32: python tests/convolutions.py default | paper
 
-A processor's library may crash in a convolution, so this is run in a process of its own. One line for each case, written before it begins, then its errors."""
+A processor's library may crash in a convolution, so this runs in a process of its own. It prints a line for each case
+before the case begins, and then a line with its errors."""
 import json
 import sys
 
@@ -15,22 +16,27 @@ CLIPS = 2
 FILES = dict(default='params.yaml', paper='params.paper.yaml')
 
 
-def cases(name):
-    "The distinct convolutions of a network with the shapes of their inputs; the paper's at frames of a third, which changes no depth and no kernel."
-    config = run_config(read_params(root()/FILES[name]), 'glcm', 0)
-    side = 40 if name == 'paper' else config.views.crop
-    steps, found = config.views.frames, {}
+def convolutions(network):
+    "The distinct convolutions of a network, and the shapes of their inputs: name -> (module, shape)."
+    config = run_config(read_params(root()/FILES[network]), 'glcm', 0)
+    side = 40 if network == 'paper' else config.views.crop # changes no depth and no kernel
+    frames, found = config.views.frames, {}
+
+    def record(module, args, out):
+        shape = tuple(args[0].shape)
+        found[f'{module} of {shape}'] = module, shape
+
     with torch.device('meta'):
         model = GLCM(config.model)
         for module in model.modules():
             if isinstance(module, (nn.Conv1d, nn.Conv3d)):
-                module.register_forward_hook(lambda module, args, out: found.update({f'{module} of {tuple(args[0].shape)}': (module, args[0].shape)}))
-        frames = torch.empty(CLIPS, 3, steps, side, side)
-        seen = model.global_encoder(frames[:, :, ::steps//config.model.global_frames]).mean(2)
-        model.local_encoder(frames)
-        heard = model.audio_encoder(torch.empty(CLIPS, config.audio.bands, config.model.mel_per_step*steps))
-        model.project['video_global'](seen.flatten(2))
-        model.project['audio_local'](heard)
+                module.register_forward_hook(record)
+        video = torch.empty(CLIPS, 3, frames, side, side)
+        cells = model.global_encoder(video[:, :, ::frames//config.model.global_frames]).mean(2)
+        model.local_encoder(video)
+        slices = model.audio_encoder(torch.empty(CLIPS, config.audio.bands, config.model.mel_per_step*frames))
+        model.project['video_global'](cells.flatten(2))
+        model.project['audio_local'](slices)
     return found
 
 
@@ -44,21 +50,29 @@ def results(convolution, x, g, precision):
     return y.detach().float(), x.grad, convolution.weight.grad
 
 
-def main(name):
+def relative_errors(convolution, shape):
+    "Of bfloat16 to float32, for random weights, inputs and gradients."
+    torch.manual_seed(0)
+    convolution = convolution.to_empty(device='cpu')
+    nn.init.normal_(convolution.weight)
+    if convolution.bias is not None:
+        nn.init.normal_(convolution.bias)
+    layout = torch.channels_last_3d if len(shape) == 5 else torch.contiguous_format
+    convolution = convolution.to(memory_format=layout)
+    x = torch.randn(shape).to(memory_format=layout)
+    with torch.no_grad():
+        g = torch.randn_like(convolution(x))
+    expected = results(convolution, x, g, 'float32')
+    found = results(convolution, x, g, 'bfloat16')
+    return [float((a - b).norm()/b.norm()) for a, b in zip(found, expected)]
+
+
+def main(network):
     torch.set_num_threads(1)
-    for case, (module, shape) in cases(name).items():
-        print(case, flush=True)
-        torch.manual_seed(0)
-        convolution = module.to_empty(device='cpu')
-        nn.init.normal_(convolution.weight)
-        if convolution.bias is not None: nn.init.normal_(convolution.bias)
-        layout = torch.channels_last_3d if len(shape) == 5 else torch.contiguous_format
-        convolution = convolution.to(memory_format=layout)
-        x = torch.randn(shape).to(memory_format=layout)
-        with torch.no_grad(): g = torch.randn_like(convolution(x))
-        wanted, got = (results(convolution, x, g, precision) for precision in ('float32', 'bfloat16'))
-        errors = [float((a - b).norm()/b.norm()) for a, b in zip(got, wanted)]
-        print(json.dumps(errors), flush=True)
+    for name, (convolution, shape) in convolutions(network).items():
+        print(name, flush=True)
+        print(json.dumps(relative_errors(convolution, shape)), flush=True)
 
 
-if __name__ == '__main__': main(sys.argv[1])
+if __name__ == '__main__':
+    main(sys.argv[1])

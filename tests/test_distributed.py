@@ -16,53 +16,65 @@ from glcm.losses import mil_nce_global, mil_nce_local
 from glcm.testing import tiny_params
 from test_resume import assert_equal_runs, write_clips
 
+IMPORTS = os.pathsep.join([str(root()), str(root()/'tests')]) # of the programs
+
 STEP = textwrap.dedent('''
     """One step on this rank's share of eight clips; the first rank keeps loss and gradients."""
     import sys
-    from dataclasses import asdict
     import torch
     from glcm.core import override, parse
-    from glcm.distributed import joined
+    from glcm.distributed import process_group
     from glcm.model import GLCM
     from glcm.runs import MachineConfig, run_config
     from glcm.testing import tiny_params
     from glcm.training.pretrain import wrap_network
     from glcm.training.step import training_step
+
     out, *how = sys.argv[1:]
     params = override(tiny_params(), dict(pretrain=dict(precision='float32', batch=8)), 'test')
     machine = parse(MachineConfig, params['machine'] | {name: True for name in how}, 'machine')
-    every = 'glcm', 'glcm_no_local', 'glcm_no_mil', 'released', 'gathered', 'accumulated', 'alone'
-    variants = ('glcm',) if how else every
     changes = dict(
         accumulated=dict(pretrain=dict(accumulate=2)), alone=dict(loss=dict(negatives='batch')),
         gathered=dict(model=dict(encoders='slow_fast', normalize=False, detach_attention=False),
                       loss=dict(temperature=1.0, count_positives='twice')))
-    with joined() as ranks:
-        result = {}
-        for variant in variants:
-            torch.manual_seed(0)
-            changed = override(params, changes.get(variant, {}), 'test')
-            config = run_config(changed, 'glcm' if variant in changes else variant, 0)
-            model = GLCM(config.model).double().to(memory_format=torch.channels_last_3d)
-            network = wrap_network(model, config, machine, ranks).eval() # frozen batch norm: it would look at fewer clips
-            batch = dict(planes=torch.randint(0, 256, (8, 16, 84, 56), dtype=torch.uint8), audio=torch.randn(8, 80, 192, dtype=torch.float64),
-                         shift=torch.randint(-config.views.shift, config.views.shift + 1, (8,)))
-            batch = {name: value[ranks.rank::ranks.size] for name, value in batch.items()}
-            optimizer = torch.optim.SGD(model.parameters(), 0.)
-            values = training_step(network, optimizer, batch | dict(clip=['clip']*8), config, 0, ranks)
-            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-            result[variant] = dict(values=values, gradients=gradients)
-        if ranks.rank == 0: torch.save(result, out)
+
+    def random_batch(config):
+        largest = config.views.shift
+        return dict(
+            planes=torch.randint(0, 256, (8, 16, 84, 56), dtype=torch.uint8),
+            mel=torch.randn(8, 80, 192, dtype=torch.float64),
+            shift=torch.randint(-largest, largest + 1, (8,)))
+
+    def one_step(variant, ranks):
+        torch.manual_seed(0)
+        changed = override(params, changes.get(variant, {}), 'test')
+        config = run_config(changed, 'glcm' if variant in changes else variant, 0)
+        model = GLCM(config.model).double().to(memory_format=torch.channels_last_3d)
+        # batch norm is frozen, since it would average over fewer clips
+        network = wrap_network(model, config, machine, ranks).eval()
+        batch = {name: value[ranks.rank::ranks.size] for name, value in random_batch(config).items()}
+        batch['clip'] = ['clip']*8
+        optimizer = torch.optim.SGD(model.parameters(), 0.)
+        values = training_step(network, optimizer, batch, config, 0, ranks)
+        gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        return dict(values=values, gradients=gradients)
+
+    variants = ['glcm'] if how else ['glcm', 'glcm_no_local', 'glcm_no_mil', 'released', *changes]
+    with process_group() as ranks:
+        result = {variant: one_step(variant, ranks) for variant in variants}
+        if ranks.rank == 0:
+            torch.save(result, out)
 ''')
 
 LOSSES = textwrap.dedent('''
     """Both losses in float64, each rank with its own clips."""
     import sys
     import torch
-    from glcm.distributed import joined
+    from glcm.distributed import process_group
     from test_distributed import example, losses_and_gradients
-    with joined() as ranks:
-        torch.save(losses_and_gradients(example(ranks.rank, ranks.size), ranks), f'{sys.argv[1]}-{ranks.rank}')
+    with process_group() as ranks:
+        embeddings = example(ranks.rank, ranks.size)
+        torch.save(losses_and_gradients(embeddings, ranks), f'{sys.argv[1]}-{ranks.rank}')
 ''')
 
 TRAIN = textwrap.dedent('''
@@ -73,13 +85,17 @@ TRAIN = textwrap.dedent('''
     from test_resume import tiny_train
     folder, out, resume, deadly = sys.argv[1:]
     original = glcm.training.pretrain.training_step
+    mark = Path(folder, resume + '.dead')
+
     def step(*args):
-        mark = Path(folder, resume + '.dead')
-        if deadly == 'deadly' and args[4] == 3 and os.environ.get('RANK') == '1' and not mark.exists():
+        is_victim = deadly == 'deadly' and args[4] == 3 and os.environ.get('RANK') == '1'
+        if is_victim and not mark.exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        if deadly == 'slow': time.sleep(0.5)
+        if deadly == 'slow':
+            time.sleep(0.5)
         return original(*args)
+
     glcm.training.pretrain.training_step = step
     tiny_train(folder, out, resume, batch=4)
 ''')
@@ -95,23 +111,27 @@ def script(folder, text):
 @pytest.fixture(autouse=True)
 def in_repository(monkeypatch):
     "Programs elsewhere import the tests' helpers."
-    monkeypatch.setenv('PYTHONPATH', str(root()/'tests'))
+    monkeypatch.setenv('PYTHONPATH', IMPORTS)
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
 
 
 def example(rank=0, ranks=1):
     "Embeddings of one rank's share of 12 clips of 5 steps of 3 slices, and 4 cells."
     generator = torch.Generator().manual_seed(0)
-    shapes = dict(sound=(12, 8), cells=(12, 8, 2, 2), slices=(12, 8, 15), steps=(12, 8, 5))
-    z = {name: torch.randn(shape, generator=generator, dtype=torch.float64) for name, shape in shapes.items()}
-    return {name: value.chunk(ranks)[rank].requires_grad_() for name, value in z.items()}
+    shapes = dict(audio=(12, 8), cells=(12, 8, 2, 2), slices=(12, 8, 15), steps=(12, 8, 5))
+    z = {}
+    for name, shape in shapes.items():
+        whole = torch.randn(shape, generator=generator, dtype=torch.float64)
+        z[name] = whole.chunk(ranks)[rank].requires_grad_()
+    return z
 
 
 def losses_and_gradients(z, ranks=Ranks()):
     "Both losses, in blocks that divide nothing evenly, and the gradients of their sum."
-    losses = [mil_nce_global(z['sound'], z['cells'], 0.5, 'twice', ranks), mil_nce_local(z['slices'], z['steps'], 0.5, 'once', 7, ranks)]
-    gradients = torch.autograd.grad(sum(losses), list(z.values()))
-    return [loss.item() for loss in losses], [gradient.detach() for gradient in gradients]
+    global_loss = mil_nce_global(z['audio'], z['cells'], 0.5, 'twice', ranks)
+    local_loss = mil_nce_local(z['slices'], z['steps'], 0.5, 'once', 7, ranks)
+    gradients = torch.autograd.grad(global_loss + local_loss, list(z.values()))
+    return [global_loss.item(), local_loss.item()], [gradient.detach() for gradient in gradients]
 
 
 @pytest.mark.parametrize('processes', [2, 4])
@@ -119,26 +139,34 @@ def test_losses_over_ranks_are_those_of_one_process(tmp_path, processes):
     launch([script(tmp_path, LOSSES), str(tmp_path/'rank')], processes)
     losses, gradients = losses_and_gradients(example())
     parts = [torch.load(tmp_path/f'rank-{rank}') for rank in range(processes)]
-    assert torch.tensor([part[0] for part in parts], dtype=torch.float64).mean(0).tolist() == pytest.approx(losses, rel=1e-12)
-    for k, expected in enumerate(gradients): # each rank's loss is a mean over its own clips: P times as large
-        assert torch.allclose(torch.cat([part[1][k] for part in parts])/processes, expected, rtol=1e-10, atol=1e-14)
+    mean_losses = torch.tensor([part_losses for part_losses, _ in parts], dtype=torch.float64).mean(0)
+    assert mean_losses.tolist() == pytest.approx(losses, rel=1e-12)
+    for k, expected in enumerate(gradients):
+        found = torch.cat([part_gradients[k] for _, part_gradients in parts])
+        found /= processes # each rank's loss is a mean over its own clips: P times as large
+        assert torch.allclose(found, expected, rtol=1e-10, atol=1e-14)
 
 
 @pytest.fixture(scope='module')
 def one_step(tmp_path_factory):
     "Losses and gradients of one process with all eight clips."
     folder = tmp_path_factory.mktemp('one')
-    environment = os.environ | dict(PYTHONPATH=str(root()/'tests'), OMP_NUM_THREADS='1')
+    environment = os.environ | dict(PYTHONPATH=IMPORTS, OMP_NUM_THREADS='1')
     subprocess.run([sys.executable, script(folder, STEP), str(folder/'result')], check=True, env=environment)
     return torch.load(folder/'result')
 
 
-def assert_same_step(got, expected):
+def all_gradients(step):
+    "The gradients of a step in one vector."
+    return torch.cat([gradient.flatten() for gradient in step['gradients'].values()])
+
+
+def assert_same_step(found, expected):
     "Losses and gradients are equal to within rounding."
-    assert got['values'] == pytest.approx(expected['values'], rel=1e-12)
-    assert got['gradients'].keys() == expected['gradients'].keys()
-    got, want = (torch.cat([g.flatten() for g in step['gradients'].values()]) for step in (got, expected))
-    assert float((got - want).norm()/want.norm()) < 1e-10
+    assert found['values'] == pytest.approx(expected['values'], rel=1e-12)
+    assert found['gradients'].keys() == expected['gradients'].keys()
+    difference = all_gradients(found) - all_gradients(expected)
+    assert float(difference.norm()/all_gradients(expected).norm()) < 1e-10
 
 
 @pytest.mark.parametrize('how', [['recompute'], pytest.param(['recompute', 'compile'], marks=pytest.mark.slow)])
@@ -151,19 +179,21 @@ def test_gradients_stay_when_recomputed_or_compiled(tmp_path, one_step, how):
 def test_gradients_over_ranks_are_those_of_one_process(tmp_path, one_step, processes):
     launch([script(tmp_path, STEP), str(tmp_path/'result')], processes)
     result = torch.load(tmp_path/'result')
+    own_negatives = 'alone', 'released' # clips of other ranks are no negatives
     for variant, expected in one_step.items():
-        if variant not in ('alone', 'released'): assert_same_step(result[variant], expected)
-    assert result['alone']['values']['loss'] < result['glcm']['values']['loss'] - 0.5 # fewer negatives are easier
-    assert result['released']['values']['loss'] < one_step['released']['values']['loss'] - 0.5 # the preset has fewer, too
+        if variant not in own_negatives:
+            assert_same_step(result[variant], expected)
+    for variant in own_negatives: # fewer negatives are easier
+        assert result[variant]['values']['loss'] < one_step[variant]['values']['loss'] - 0.5
 
 
 @pytest.fixture(scope='module')
 def clips(tmp_path_factory):
-    "Clips, and the run of two processes that nobody disturbed."
+    "Clips, and the undisturbed run of two processes."
     folder = tmp_path_factory.mktemp('two')
     write_clips(folder/'clips')
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv('PYTHONPATH', str(root()/'tests'))
+        patch.setenv('PYTHONPATH', IMPORTS)
         patch.setenv('OMP_NUM_THREADS', '1')
         launch([script(folder, TRAIN), str(folder), 'unbroken', 'resume', 'no'], 2)
     return folder
@@ -177,20 +207,26 @@ def test_dead_rank_ends_the_others(clips, capfd):
     assert not (clips/'never').exists()
 
 
-def test_restarted_ranks_go_on_from_the_last_checkpoint(clips):
+def test_restarted_ranks_resume_from_the_last_checkpoint(clips):
     launch([script(clips, TRAIN), str(clips), 'restarted', 'restart', 'deadly'], 2, restarts=1)
     assert (clips/'restart.dead').exists()
     assert_equal_runs(clips/'restarted', clips/'unbroken')
 
 
+def wait_until(condition, seconds):
+    "Return when the condition holds, or after these seconds."
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGUSR1])
-def test_warned_ranks_save_and_go_on(clips, number):
+def test_warned_ranks_save_and_resume(clips, number):
     name = number.name
-    command = [sys.executable, '-c', 'import sys; from glcm.distributed import launch; launch(sys.argv[1:], 2)',
-               script(clips, TRAIN), str(clips), name, f'resume-{name}', 'slow']
+    program = 'import sys; from glcm.distributed import launch; launch(sys.argv[1:], 2)'
+    command = [sys.executable, '-c', program, script(clips, TRAIN), str(clips), name, f'resume-{name}', 'slow']
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, process_group=0)
-    deadline = time.monotonic() + 60
-    while not list((clips/f'resume-{name}').glob('checkpoint-*.pt')) and time.monotonic() < deadline: time.sleep(0.05)
+    wait_until(lambda: list((clips/f'resume-{name}').glob('checkpoint-*.pt')), seconds=60)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
     assert process.returncode and 'the same call goes on from' in output
@@ -199,22 +235,33 @@ def test_warned_ranks_save_and_go_on(clips, number):
     assert_equal_runs(clips/name, clips/'unbroken')
 
 
+SRUN = '''#!/bin/bash
+while [[ "$1" == --* ]]; do shift; done
+exec "$@"
+'''
+SCONTROL = '''#!/bin/bash
+if [ "$1" = show ]; then echo localhost; else echo "$1 $2"; fi
+'''
+
+
 @pytest.mark.slow
 def test_slurm_script_queues_a_warned_job_again(clips, tmp_path):
-    "With a srun that runs its command and a scontrol that says what it was asked."
-    for name, text in dict(srun='while [[ "$1" == --* ]]; do shift; done; exec "$@"', scontrol='if [ "$1" = show ]; then echo localhost; else echo "$1 $2"; fi').items():
-        (tmp_path/name).write_text(f'#!/bin/bash\n{text}\n')
+    "With an srun that runs its command, and an scontrol that prints its arguments."
+    for name, text in dict(srun=SRUN, scontrol=SCONTROL).items():
+        (tmp_path/name).write_text(text)
         (tmp_path/name).chmod(0o755)
     params = override(tiny_params(), dict(pretrain=dict(steps=10_000, batch=4)), 'the test')
     (tmp_path/'params.yaml').write_text(yaml.safe_dump(params))
-    slurm = dict(SLURM_SUBMIT_DIR=str(root()), SLURM_JOB_NODELIST='x', SLURM_NNODES='1', SLURM_GPUS_ON_NODE='2', SLURM_JOB_ID='77', SLURM_CPUS_PER_TASK='2')
-    command = ['bash', str(root()/'pretrain.slurm'), 'glcm', f'--params={tmp_path}/params.yaml', f'--clips={clips}/clips', f'--out={tmp_path}/out',
-               f'--resume={tmp_path}/resume']
-    with open(tmp_path/'log', 'w') as log:
-        job = subprocess.Popen(command, env=os.environ | slurm | dict(PATH=f'{tmp_path}:{os.environ["PATH"]}'), stdout=log, stderr=log)
-        deadline = time.monotonic() + 120
-        while 'global' not in (tmp_path/'log').read_text() and time.monotonic() < deadline: time.sleep(0.5)
+    environment = os.environ | dict(
+        PATH=f'{tmp_path}:{os.environ["PATH"]}', SLURM_SUBMIT_DIR=str(root()), SLURM_JOB_NODELIST='x',
+        SLURM_NNODES='1', SLURM_GPUS_ON_NODE='2', SLURM_JOB_ID='77', SLURM_CPUS_PER_TASK='2')
+    command = ['bash', str(root()/'pretrain.slurm'), 'glcm', f'--params={tmp_path}/params.yaml',
+               f'--clips={clips}/clips', f'--out={tmp_path}/out', f'--resume={tmp_path}/resume']
+    log = tmp_path/'log'
+    with open(log, 'w') as file:
+        job = subprocess.Popen(command, env=environment, stdout=file, stderr=file)
+        wait_until(lambda: 'global' in log.read_text(), seconds=120)
         job.send_signal(signal.SIGUSR1)
         assert job.wait(60) == 0
-    assert 'requeue 77' in (tmp_path/'log').read_text()
+    assert 'requeue 77' in log.read_text()
     assert len(list((tmp_path/'resume').glob('checkpoint-*.pt'))) == 1

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from glcm.attention import attention_scores
 from glcm.core import InputError, root
 from glcm.data.shards import ClipStore
 from glcm.model import GLCM
@@ -16,7 +17,7 @@ from glcm.report.figures import plot_attention
 from glcm.runs import run_config, save_checkpoint
 from glcm.tasks.attend import attend_clips
 from glcm.tasks.localize import (
-    attention_heatmap, attention_scores, evaluation_clips, local_embeddings, localize, measure_synchronisation,
+    attention_heatmap, evaluation_clips, local_embeddings, localize, measure_synchronisation,
     middle_span, score_heatmap, summarise_localization)
 from glcm.tasks.metrics import above_half_range, above_median, baseline_maps, box_weights, ciou
 from glcm.tasks.statistics import paired_difference, task_scores
@@ -122,7 +123,7 @@ def test_scores_do_not_saturate(boxed):
     video, audio = middle_span(boxed, 0, RUN.views.frames)
     with torch.inference_mode():
         embeddings = model(video, audio)
-    scores = attention_scores(embeddings, 1.0)
+    scores = attention_scores(embeddings.audio_global, embeddings.video_global, 1.0)
     assert (embeddings.attention == 0).sum() > 10
     assert len(scores.unique()) == scores.numel()
     sound = embeddings.audio_global[0].double()

@@ -7,9 +7,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from glcm.core import InputError
-from glcm.losses import mil_nce_global, mil_nce_local
-
-COUNTS = ['once', 'twice']
+from glcm.losses import COUNTS, dense_mil_nce, global_bags, local_bags, mil_nce_global, mil_nce_local
 
 
 def looped_mil_nce(scores, own, count):
@@ -17,22 +15,30 @@ def looped_mil_nce(scores, own, count):
     losses = []
     for k, row in enumerate(scores):
         positives = [row[j] for j in own[k]]
-        negatives = [row[j] for j in range(len(row)) if j not in own[k]]
-        negatives += [scores[other][j] for other in range(len(scores)) if other != k for j in own[k]]
+        negatives = [score for j, score in enumerate(row) if j not in own[k]]
+        for other, other_row in enumerate(scores):
+            if other != k:
+                negatives += [other_row[j] for j in own[k]]
         highest = max(positives + negatives)
         P = sum(math.exp(s - highest) for s in positives)
         N = sum(math.exp(s - highest) for s in negatives)
-        losses.append(math.log((P*(2 if count == 'twice' else 1) + N)/P))
+        losses.append(math.log((COUNTS[count]*P + N)/P))
     return sum(losses)/len(losses)
+
+
+def dot(a, b):
+    "Inner product of two vectors, number by number."
+    return sum(float(x)*float(y) for x, y in zip(a, b, strict=True))
 
 
 def looped_global(z_a, z_v, temperature, count):
     "Eq. 1 with one loop per index."
     B, D, H, W = z_v.shape
     cells = [(b, i, j) for b in range(B) for i in range(H) for j in range(W)]
-    scores = [[sum(float(z_a[k, d])*float(z_v[b, d, i, j]) for d in range(D))/temperature
-               for b, i, j in cells] for k in range(B)]
-    own = [{c for c, cell in enumerate(cells) if cell[0] == k} for k in range(B)]
+    scores, own = [], []
+    for k in range(B):
+        scores.append([dot(z_a[k], z_v[b, :, i, j])/temperature for b, i, j in cells])
+        own.append({c for c, (b, _, _) in enumerate(cells) if b == k})
     return looped_mil_nce(scores, own, count)
 
 
@@ -40,27 +46,25 @@ def looped_local(z_a, z_v, temperature, count):
     "Eq. 2 with one loop per index."
     B, D, T = z_v.shape
     M = z_a.shape[2]//T
-    steps = [(b, t) for b in range(B) for t in range(T)]
     slices = [(b, m) for b in range(B) for m in range(T*M)]
-    scores = [[sum(float(z_v[b, d, t])*float(z_a[c, d, m]) for d in range(D))/temperature for c, m in slices]
-              for b, t in steps]
-    own = [{k for k, (c, m) in enumerate(slices) if c == b and t*M <= m < (t + 1)*M} for b, t in steps]
+    scores, own = [], []
+    for b in range(B):
+        for t in range(T):
+            scores.append([dot(z_v[b, :, t], z_a[c, :, m])/temperature for c, m in slices])
+            own.append({k for k, (c, m) in enumerate(slices) if c == b and t*M <= m < (t + 1)*M})
     return looped_mil_nce(scores, own, count)
 
 
-def dense_mil_nce(anchors, groups, count):
-    "All scores at once, by autograd: anchors (n, D) against groups (g, n, D)."
-    G = torch.einsum('kd,gid->kgi', anchors, groups).logsumexp(1)
-    others = G.masked_fill(torch.eye(len(G), dtype=torch.bool), -torch.inf)
-    positives = [G.diagonal()[:, None]]*(2 if count == 'twice' else 1)
-    return (torch.cat([*positives, others, others.T], 1).logsumexp(1) - G.diagonal()).mean()
+def dense_global(z_a, z_v, temperature, count):
+    "The dense form of the global loss."
+    anchors, bags = global_bags(z_a, z_v)
+    return dense_mil_nce(anchors/temperature, bags, COUNTS[count])
 
 
 def dense_local(z_a, z_v, temperature, count):
     "The dense form of the local loss."
-    B, D, T = z_v.shape
-    groups = z_a.reshape(B, D, T, -1).permute(3, 0, 2, 1).reshape(-1, B*T, D)
-    return dense_mil_nce(z_v.permute(0, 2, 1).reshape(B*T, D)/temperature, groups, count)
+    anchors, bags = local_bags(z_a, z_v)
+    return dense_mil_nce(anchors/temperature, bags, COUNTS[count])
 
 
 def embeddings(*shape, seed=0, dtype=torch.float32, requires_grad=False):
@@ -81,9 +85,11 @@ def relative(a, b):
 def test_global_equals_loops(B, D, H, W, temperature, count):
     z_a, z_v = embeddings(B, D), embeddings(B, D, H, W, seed=1)
     expected = looped_global(z_a, z_v, temperature, count)
-    found = mil_nce_global(z_a.double(), z_v.double(), temperature, count)
-    assert float(found) == pytest.approx(expected, abs=1e-12, rel=1e-12)
-    assert float(mil_nce_global(z_a, z_v, temperature, count)) == pytest.approx(expected, abs=1e-6, rel=1e-5)
+    for form in (mil_nce_global, dense_global):
+        found = form(z_a.double(), z_v.double(), temperature, count)
+        assert float(found) == pytest.approx(expected, abs=1e-12, rel=1e-12)
+    found = mil_nce_global(z_a, z_v, temperature, count)
+    assert float(found) == pytest.approx(expected, abs=1e-6, rel=1e-5)
 
 
 @pytest.mark.parametrize('count', COUNTS)
@@ -92,22 +98,26 @@ def test_global_equals_loops(B, D, H, W, temperature, count):
 def test_local_equals_loops(B, D, T, M, temperature, count):
     z_a, z_v = embeddings(B, D, T*M), embeddings(B, D, T, seed=1)
     expected = looped_local(z_a, z_v, temperature, count)
-    for block in (None, 1, 2):
-        found = mil_nce_local(z_a.double(), z_v.double(), temperature, count, block)
-        assert float(found) == pytest.approx(expected, abs=1e-12, rel=1e-12)
-    assert float(mil_nce_local(z_a, z_v, temperature, count)) == pytest.approx(expected, abs=1e-6, rel=1e-5)
+    found = [mil_nce_local(z_a.double(), z_v.double(), temperature, count, block) for block in (None, 1, 2)]
+    found.append(dense_local(z_a.double(), z_v.double(), temperature, count))
+    for value in found:
+        assert float(value) == pytest.approx(expected, abs=1e-12, rel=1e-12)
+    found = mil_nce_local(z_a, z_v, temperature, count)
+    assert float(found) == pytest.approx(expected, abs=1e-6, rel=1e-5)
 
 
 def test_one_positive_is_infonce():
     z_a, z_v = 3*embeddings(7, 5), embeddings(7, 5, seed=1)
     S = z_a @ z_v.T
-    rest = S.T[~torch.eye(7, dtype=torch.bool)].view(7, 6)
-    once, twice = (F.cross_entropy(torch.cat([S, other], 1), torch.arange(7)) for other in (rest, S.T))
+    rest_of_column = S.T[~torch.eye(7, dtype=torch.bool)].view(7, 6)
+    target = torch.arange(7)
+    once = F.cross_entropy(torch.cat([S, rest_of_column], 1), target)
+    twice = F.cross_entropy(torch.cat([S, S.T], 1), target)
     for count, expected in [('once', once), ('twice', twice)]:
         found = mil_nce_global(z_a, z_v[..., None, None], 1., count)
         assert float(found) == pytest.approx(float(expected), rel=1e-6)
-    as_steps = dict(z_a=z_v.T[None], z_v=z_a.T[None], temperature=1.)
-    assert float(mil_nce_local(**as_steps)) == pytest.approx(float(once), rel=1e-6)
+    as_steps = mil_nce_local(z_a=z_v.T[None], z_v=z_a.T[None], temperature=1.)
+    assert float(as_steps) == pytest.approx(float(once), rel=1e-6)
 
 
 @pytest.mark.parametrize('B, H, W', [(2, 3, 3), (8, 4, 4), (32, 1, 2)])
@@ -124,16 +134,23 @@ def test_uniform_scores_give_the_logarithm_of_the_ratio(B, H, W):
 def test_scores_of_ten_thousand(sign, count, floor):
     B = 6
     z_a = (100*torch.eye(B)).requires_grad_()
-    z_v = (sign*100*torch.eye(B))[..., None, None].repeat(1, 1, 2, 2).requires_grad_() # own cells score +-1e4
+    cells = (sign*100*torch.eye(B))[..., None, None] # own cells score +-1e4
+    z_v = cells.repeat(1, 1, 2, 2).requires_grad_()
     loss = mil_nce_global(z_a, z_v, 1., count)
     loss.backward()
     expected = floor if sign == 1 else 1e4 + math.log(2*(B - 1))
     assert float(loss.detach()) == pytest.approx(expected, abs=2e-3)
     assert z_a.grad.isfinite().all() and z_v.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('count', COUNTS)
+def test_gradients_of_random_scores_of_ten_thousand(count):
     generator = torch.Generator().manual_seed(0)
-    z_a, z_v = (100*torch.randn(B, 8, *size, generator=generator).requires_grad_() for size in ([12], [4]))
-    gradients = torch.autograd.grad(mil_nce_local(z_a, z_v, 1., count, block=5), (z_a, z_v))
-    assert all(g.isfinite().all() for g in gradients)
+    z_a = 100*torch.randn(6, 8, 12, generator=generator)
+    z_v = 100*torch.randn(6, 8, 4, generator=generator)
+    loss = mil_nce_local(z_a.requires_grad_(), z_v.requires_grad_(), 1., count, block=5)
+    for gradient in torch.autograd.grad(loss, (z_a, z_v)):
+        assert gradient.isfinite().all()
 
 
 @pytest.mark.parametrize('count, value', [('once', 0.), ('twice', math.log(2))])
@@ -146,38 +163,53 @@ def test_without_negatives(scale, count, value):
     assert gradient.abs().max() < 1e-4*scale
 
 
+def leaf(*shape, seed=0, dtype=torch.float32):
+    "Normalised random embeddings that take a gradient."
+    return embeddings(*shape, seed=seed, dtype=dtype, requires_grad=True)
+
+
 @pytest.mark.parametrize('count', COUNTS)
 @pytest.mark.parametrize('block', [None, 1, 4, 5, 100])
-def test_gradcheck(count, block):
-    z_a, z_v = (embeddings(3, 4, n, seed=n, dtype=torch.double, requires_grad=True) for n in (6, 3))
-    assert gradcheck(lambda a, v: mil_nce_local(a, v, 0.5, count, block), (z_a, z_v))
-    z_a = embeddings(4, 3, dtype=torch.double, requires_grad=True)
-    z_v = embeddings(4, 3, 2, 2, seed=1, dtype=torch.double, requires_grad=True)
-    assert gradcheck(lambda a, v: mil_nce_global(a, v, 0.5, count), (z_a, z_v))
+def test_gradcheck_of_the_local_loss(count, block):
+    z_a, z_v = leaf(3, 4, 6, seed=6, dtype=torch.double), leaf(3, 4, 3, seed=3, dtype=torch.double)
+    def loss(z_a, z_v): return mil_nce_local(z_a, z_v, 0.5, count, block)
+    assert gradcheck(loss, (z_a, z_v))
+
+
+@pytest.mark.parametrize('count', COUNTS)
+def test_gradcheck_of_the_global_loss(count):
+    z_a, z_v = leaf(4, 3, dtype=torch.double), leaf(4, 3, 2, 2, seed=1, dtype=torch.double)
+    def loss(z_a, z_v): return mil_nce_global(z_a, z_v, 0.5, count)
+    assert gradcheck(loss, (z_a, z_v))
+
+
+def assert_equal_gradients(found, expected, inputs):
+    "Both losses have the same gradients, to float32."
+    found, expected = torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs)
+    for a, b in zip(found, expected):
+        assert relative(a, b) < 1e-5
 
 
 @pytest.mark.parametrize('count', COUNTS)
 @pytest.mark.parametrize('temperature', [1., 0.07])
 @pytest.mark.parametrize('block', [None, 1, 7, 16, 64, 96, 1000])
 def test_streamed_equals_dense(block, temperature, count):
-    z_a, z_v = embeddings(6, 24, 16*3, requires_grad=True), embeddings(6, 24, 16, seed=1, requires_grad=True)
+    z_a, z_v = leaf(6, 24, 16*3), leaf(6, 24, 16, seed=1)
     found = mil_nce_local(z_a, z_v, temperature, count, block)
     expected = dense_local(z_a, z_v, temperature, count)
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
-    for a, b in zip(torch.autograd.grad(found, (z_a, z_v)), torch.autograd.grad(expected, (z_a, z_v))):
-        assert relative(a, b) < 1e-5
+    assert_equal_gradients(found, expected, (z_a, z_v))
 
 
 def test_streamed_equals_dense_for_the_global_loss():
-    z_a, z_v = embeddings(9, 24, requires_grad=True), embeddings(9, 24, 7, 5, seed=1, requires_grad=True)
-    found = mil_nce_global(z_a, z_v)
-    expected = dense_mil_nce(z_a/0.07, z_v.flatten(2).permute(2, 0, 1), 'once')
-    for a, b in zip(torch.autograd.grad(3*found, (z_a, z_v)), torch.autograd.grad(3*expected, (z_a, z_v))):
-        assert relative(a, b) < 1e-5
+    z_a, z_v = leaf(9, 24), leaf(9, 24, 7, 5, seed=1)
+    expected = dense_global(z_a, z_v, 0.07, 'once')
+    assert_equal_gradients(3*mil_nce_global(z_a, z_v), 3*expected, (z_a, z_v))
 
 
 def test_clips_may_come_in_any_order():
-    z_a, z_v, order = embeddings(5, 8, 4*3), embeddings(5, 8, 4, seed=1), torch.tensor([3, 0, 4, 1, 2])
+    order = torch.tensor([3, 0, 4, 1, 2])
+    z_a, z_v = embeddings(5, 8, 4*3), embeddings(5, 8, 4, seed=1)
     torch.testing.assert_close(mil_nce_local(z_a[order], z_v[order]), mil_nce_local(z_a, z_v))
     z_a, z_v, cells = embeddings(5, 8), embeddings(5, 8, 3, 3, seed=1), torch.randperm(9)
     shuffled = z_v.flatten(2)[..., cells].view_as(z_v)
@@ -185,7 +217,7 @@ def test_clips_may_come_in_any_order():
 
 
 def test_time_matters_in_the_local_loss():
-    "Steps of the same clip are negatives: turning one clip's sound around in time changes the loss."
+    "Steps of the same clip are negatives: turning one clip's audio around in time changes the loss."
     z = embeddings(2, 16, 6)
     aligned, reversed_ = z.repeat_interleave(3, dim=2), z.flip(2).repeat_interleave(3, dim=2)
     assert mil_nce_local(aligned, z) + 1 < mil_nce_local(reversed_, z)

@@ -1,6 +1,6 @@
 """The preset `released` computes at the paper's width what the authors' released code computes.
 
-released.json holds what that code gave: repository yunyikristy/global_local, commit 75c3c89, `GlobalLocal` of model.py
+released.json holds what that code computed: repository yunyikristy/global_local, commit 75c3c89, `GlobalLocal` of model.py
 with no line changed, in float64 on a CPU, in training mode. Weights and clips were those made here by formulas that any
 machine evaluates alike, with the names of parameters mapped by `THEIRS`. Two things were put in from outside, the same
 on both sides. Its audio encoder is another one (LeakyReLU, biases, no pooling, no stride): features of 96 slices take
@@ -21,7 +21,7 @@ from glcm.core import read_params, root
 from glcm.model import GLCM, glcm_loss
 from glcm.runs import run_config
 
-GIVEN = Path(__file__).with_name('released.json')
+REFERENCE = Path(__file__).with_name('released.json')
 CONFIG = run_config(read_params(root()/'params.paper.yaml'), 'released', 0)
 THEIRS = dict( # their names -> ours
     v_slow='global_encoder', v_fast='local_encoder', downsample='shortcut', v_proj1='project.video_global',
@@ -42,9 +42,12 @@ def uniform(shape, seed):
 def weight(name, shape):
     "A parameter, from its name: convolutions keep the size of signals, projections make scores of a few units."
     values = uniform(shape, crc32(name.encode()))
-    if len(shape) == 1: return 0.1*values + (1 if name.endswith('weight') else 0)
+    if len(shape) == 1:
+        return 0.1*values + (1 if name.endswith('weight') else 0)
     scale = (6/np.prod(shape[1:]))**0.5
-    return (0.3*scale if name.startswith('project') else scale)*values
+    if name.startswith('project'):
+        scale = 0.3*scale
+    return scale*values
 
 
 def clips():
@@ -60,31 +63,39 @@ def sample(tensor):
     return [float(value) for value in [flat.mean(), flat.norm(), *flat[spread]]]
 
 
-class Sound(nn.Module):
+class ConstantAudio(nn.Module):
     "In the place of an audio encoder: always these features."
     def __init__(self, features):
         super().__init__()
         self.features = features
 
-    def forward(self, audio): return self.features
+    def forward(self, audio):
+        return self.features
+
+
+def recorder(outputs, name):
+    "A forward hook that keeps the output of a module under this name."
+    def hook(module, args, out):
+        outputs[name] = out
+    return hook
 
 
 @pytest.fixture(scope='module')
 def ours():
     "What the preset computes, named as in released.json."
-    frames, sound = clips()
+    frames, audio_features = clips()
     model = GLCM(CONFIG.model).double().train()
-    model.audio_encoder = Sound(sound)
+    model.audio_encoder = ConstantAudio(audio_features)
     with torch.no_grad():
-        for name, p in model.named_parameters(): p.copy_(weight(name, p.shape))
-    features = {}
+        for name, p in model.named_parameters():
+            p.copy_(weight(name, p.shape))
+    outputs = {}
     for name in ENCODERS:
-        keep = lambda module, args, out, name=name: features.update({name: out})
-        getattr(model, name).register_forward_hook(keep)
+        getattr(model, name).register_forward_hook(recorder(outputs, name))
     z = model(frames, torch.zeros(3, 80, 384))
+    outputs |= {name: getattr(z, name) for name in EMBEDDINGS}
     losses = glcm_loss(z, CONFIG.loss)
     losses['loss'].backward()
-    outputs = features | {name: getattr(z, name) for name in EMBEDDINGS}
     return dict(
         outputs={name: sample(value) for name, value in outputs.items()},
         losses={name: float(value.detach()) for name, value in losses.items()},
@@ -93,8 +104,8 @@ def ours():
 
 @pytest.fixture(scope='module')
 def theirs():
-    "What the released code gave."
-    return json.loads(GIVEN.read_text())
+    "What the released code computed."
+    return json.loads(REFERENCE.read_text())
 
 
 def test_formulas_make_the_same_numbers_everywhere():

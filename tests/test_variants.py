@@ -6,7 +6,7 @@ import torch
 import yaml
 
 from glcm.core import InputError, override, parse, read_params, root
-from glcm.data.planes import to_rgb
+from glcm.data.views import prepare_inputs
 from glcm.model import GLCM, glcm_loss
 from glcm.testing import tiny_params
 from glcm.runs import MachineConfig, imported_files, run_config
@@ -20,7 +20,7 @@ def batch(config, clips=3):
     g = torch.Generator().manual_seed(0)
     T, side = config.views.frames, config.views.crop
     return dict(planes=torch.randint(0, 256, (clips, T, side*3//2, side), generator=g, dtype=torch.uint8),
-                audio=torch.randn(clips, config.audio.bands, config.model.mel_per_step*T, generator=g),
+                mel=torch.randn(clips, config.audio.bands, config.model.mel_per_step*T, generator=g),
                 shift=torch.zeros(clips, dtype=torch.long), clip=list('abc'))
 
 
@@ -180,8 +180,8 @@ def test_floor_of_the_released_loss():
     "Positives counted in both halves of the denominator: even perfect embeddings keep a loss of ln 2."
     config = run_config(PARAMS, 'released', 0)
     model = GLCM(config.model).eval()
-    given = batch(config)
-    losses = glcm_loss(model(to_rgb(given['planes']).transpose(1, 2), given['audio']), config.loss)
+    clips = batch(config)
+    losses = glcm_loss(model(*prepare_inputs(clips['planes'], clips['mel'])), config.loss)
     assert losses['global_loss'] >= torch.log(torch.tensor(2.0)) and losses['local_loss'] >= torch.log(torch.tensor(2.0))
 
 

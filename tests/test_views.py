@@ -1,4 +1,4 @@
-"""Which clips training sees, in which order, and that no recording is its own negative."""
+"Which clips training takes, in which order, and that no recording is its own negative."
 import shutil
 
 import pytest
@@ -6,7 +6,10 @@ import torch
 
 from glcm.core import generator, parse, read_params
 from glcm.data.shards import ClipStore
-from glcm.data.views import TrainingViews, ViewConfig, clip_views, training_batches, training_clips
+from glcm.data.planes import to_rgb
+from glcm.data.views import (TrainingViews, ViewConfig, clip_views, overlap, prepare_inputs, training_batches,
+                             training_clips)
+from glcm.model import Embeddings
 from glcm.testing import tiny_clips
 
 CONFIG = parse(ViewConfig, read_params()['views'], 'views')
@@ -22,42 +25,47 @@ def folders(tmp_path_factory):
     return clips
 
 
-def test_without_copies_clips_views_and_random_numbers_are_as_ever(folders):
-    "The definition, written out: clips of the split in the stores' order, shuffled anew in each pass, a generator for each view."
+def test_clips_and_views_without_copies(folders):
+    "By the definition: clips of the split in the stores' order, shuffled in each epoch, a generator for each view."
     stores = [ClipStore(folders/'kinetics700'), ClipStore(folders/'avspeech')]
     flat = [(store, i) for store in stores for i in store.select(split='train')]
     views = TrainingViews(training_clips(stores), CONFIG, seed=3)
     assert len(views) == len(flat) == 8
-    keys = [(epoch, int(k)) for epoch in range(3) for k in generator(3, 'order', epoch).permutation(8)]
+    keys = []
+    for epoch in range(3):
+        order = generator(3, 'order', epoch).permutation(8)
+        keys += [(epoch, int(k)) for k in order]
     for step, batch in enumerate(training_batches(views, batch=4, steps=6)):
         for b, (epoch, k) in enumerate(keys[4*step:4*step + 4]):
             store, i = flat[k]
-            planes, audio, shift = clip_views(store, i, CONFIG, generator(3, 'views', epoch, k))
+            planes, mel, shift = clip_views(store, i, CONFIG, generator(3, 'views', epoch, k))
             assert batch['clip'][b] == store.clips[i]['clip'] and batch['shift'][b] == shift
-            assert torch.equal(batch['planes'][b], planes) and torch.equal(batch['audio'][b], audio)
+            assert torch.equal(batch['planes'][b], planes) and torch.equal(batch['mel'][b], mel)
 
 
-def remember(store, seen):
-    "Have a store note in `seen` whenever it reads the pictures of a clip."
+def record_reads(store, reads):
+    "Have a store add its name to `reads[clip]` whenever it reads the frames of a clip."
     read = store.planes
     def planes(i, *span):
-        seen.setdefault(store.clips[i]['clip'], []).append(store.folder.name)
+        reads.setdefault(store.clips[i]['clip'], []).append(store.folder.name)
         return read(i, *span)
     store.planes = planes
 
 
-def test_a_recording_is_in_a_pass_once_whichever_copy_is_shown(folders):
+def test_an_epoch_has_one_copy_of_each_recording(folders):
     stores = [ClipStore(folders/name) for name in ('kinetics700', 'avspeech', 'again')]
     recordings = training_clips(stores)
     assert [len(copies) for copies in recordings] == [2]*5 + [1]*3
     names = {store.clips[i]['clip'] for copies in recordings for store, i in copies}
-    seen = {}
-    for store in stores: remember(store, seen)
+    reads = {}
+    for store in stores:
+        record_reads(store, reads)
     for batch in training_batches(TrainingViews(recordings, CONFIG, seed=0), batch=8, steps=12):
-        assert set(batch['clip']) == names and len(batch['clip']) == 8 # a pass is a batch here
-    for store, i in (copies[0] for copies in recordings if len(copies) == 2):
-        shown = seen[store.clips[i]['clip']]
-        assert len(shown) == 12 and set(shown) == {'kinetics700', 'again'}, 'both copies have their turns'
+        assert set(batch['clip']) == names and len(batch['clip']) == 8 # an epoch is a batch here
+    twice = [copies[0] for copies in recordings if len(copies) == 2]
+    for store, i in twice:
+        read = reads[store.clips[i]['clip']]
+        assert len(read) == 12 and set(read) == {'kinetics700', 'again'}, 'both copies are used'
 
 
 def test_a_part_is_of_recordings(folders):
@@ -66,3 +74,43 @@ def test_a_part_is_of_recordings(folders):
     assert [len(copies) for copies in more] == [2]*4 and more[:2] == few
     alone = training_clips(stores[:1], 4)
     assert [copies[0] for copies in more] == [copies[0] for copies in alone]
+
+
+@pytest.mark.parametrize('dtype, expected', [
+    (torch.float16, torch.float32), (torch.float32, torch.float32), (torch.float64, torch.float64)])
+def test_inputs_of_the_network(dtype, expected):
+    "Time and colour change places, mel is scaled in float32 or better, and what is missing stays missing."
+    planes = torch.randint(0, 256, (2, 4, 48, 36), dtype=torch.uint8)
+    mel = torch.tensor([-5., -2., 0., 3.]).repeat(2, 3, 1).to(dtype)
+    video, audio = prepare_inputs(planes, mel)
+    assert video.shape == (2, 3, 4, 32, 36) and video.dtype == torch.uint8
+    for b in range(2):
+        for t in range(4):
+            assert torch.equal(video[b, :, t], to_rgb(planes[b, t]))
+    assert audio.dtype == expected and audio[1, 2].tolist() == [-1.5, 0., 1., 2.5]
+    assert torch.equal(prepare_inputs(planes, None)[0], video) and prepare_inputs(planes, None)[1] is None
+    assert torch.equal(prepare_inputs(None, mel)[1], audio) and prepare_inputs(None, mel)[0] is None
+
+
+def test_overlap_is_the_moments_that_both_contain():
+    "Embeddings that carry clip and moment, for every shift there can be."
+    B, T, M, longest = 7, 9, 3, 3
+    shift = torch.arange(-longest, longest + 1)
+    clip = torch.arange(float(B)).view(B, 1, 1).expand(B, 1, T)
+    moments = torch.arange(float(T)).expand(B, 1, T)
+    z_v = torch.cat([clip, moments], 1)
+    z_a = torch.cat([clip, moments + shift.view(B, 1, 1)], 1).repeat_interleave(M, 2)
+    z_a = torch.cat([z_a, torch.arange(M).repeat(T).expand(B, 1, T*M)], 1) # which slice of its step
+    found = overlap(Embeddings(None, None, None, z_a, z_v), shift, longest)
+    assert found.video_local.shape == (B, 2, T - longest) and found.audio_local.shape == (B, 3, (T - longest)*M)
+    assert torch.equal(found.audio_local[:, :2], found.video_local.repeat_interleave(M, 2))
+    assert torch.equal(found.audio_local[:, 2], torch.arange(float(M)).repeat(T - longest).expand(B, -1))
+    assert torch.equal(found.video_local[:, 0], clip[:, 0, :T - longest])
+    assert (found.video_local[:, 1].diff(dim=1) == 1).all()
+
+
+def test_overlap_without_shift_or_local_pathway():
+    z = Embeddings(torch.zeros(2, 3), None, None, None, None)
+    assert overlap(z, torch.tensor([1, 0]), 1) is z
+    z = z._replace(audio_local=torch.zeros(2, 3, 6), video_local=torch.zeros(2, 3, 2))
+    assert overlap(z, torch.tensor([0, 0]), 0) is z

@@ -14,16 +14,16 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..attention import attention_to_frame
+from ..attention import attention_scores, attention_to_frame
 from ..core import InputError
 from ..data.audio import log_mel
 from ..data.shards import ClipStore
 from ..data.video import read_recording
-from ..data.views import scaled
+from ..data.views import scale_mel
 from ..model import GLCM
 from ..runs import RunConfig
 from .localize import (
-    attention_heatmap, attention_scores, evaluation_clips, local_embeddings, middle_span, resize_scores)
+    attention_heatmap, evaluation_clips, local_embeddings, middle_span, resize_scores)
 
 # %% ../../nbs/49_tasks.attend.ipynb #005
 @dataclass(frozen=True)
@@ -47,7 +47,8 @@ def attention_and_peak(
     "The attention as the paper's Figure 3 shows it, and its peak."
     size = tuple(video.shape[-2:])
     embeddings = model(video, audio, local=False)
-    scores = resize_scores(attention_scores(embeddings, model.config.attention_temperature), size)
+    scores = attention_scores(embeddings.audio_global, embeddings.video_global, model.config.attention_temperature)
+    scores = resize_scores(scores, size)
     peak = np.unravel_index(scores.argmax(), scores.shape)
     return attention_to_frame(embeddings.attention, size)[0].cpu().numpy(), peak
 
@@ -141,7 +142,7 @@ def attend(
         raise InputError(f'{len(frames)} frames of picture and sound are too few: '
                          f'the model takes {length} at a time')
     video = torch.from_numpy(frames).permute(3, 0, 1, 2)[None]
-    audio = scaled(mel)[None]
+    audio = scale_mel(torch.from_numpy(mel))[None]
     fade = np.minimum(np.arange(1, length + 1), np.arange(length, 0, -1)).astype(np.float32)
     total = np.zeros(frames.shape[:3], np.float32)
     weight = np.zeros(len(frames), np.float32)

@@ -16,10 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from ..attention import attention_map, attention_pool, mean_pool
+from ..attention import attention_pool, mean_pool
 from ..core import InputError
 from ..encoders import CONV, NORM, POOL, reset_batchnorm_statistics
-from ..model import GLCM
+from ..model import GLCM, normalize_frames
 from ..runs import RunConfig
 from .config import TaskConfig
 
@@ -188,7 +188,7 @@ class Features(nn.Module):
         if video.ndim != 5 or video.shape[1] != 3 or video.dtype != torch.uint8 or min(video.shape[3:]) < 32:
             raise InputError('video should be (B, 3, T, h, w) uint8 of at least 32x32 pixels, '
                              f'not {tuple(video.shape)} {video.dtype}')
-        frames = (video.to(self.mean.dtype)/255 - self.mean)/self.std
+        frames = normalize_frames(video, self.mean, self.std)
         if length is None:
             return frames
         return frames*length_mask(length, video.shape[2])[:, None, :, None, None]
@@ -220,9 +220,8 @@ class Features(nn.Module):
         model = self.attention_model
         if frames.shape[2] < model.config.global_frames:
             raise InputError(f'{frames.shape[2]} frames are too few for an attention map: the global view has {model.config.global_frames}')
-        audio_global = model.embed('audio_global', model.audio_encoder(audio).mean(-1, keepdim=True)).squeeze(-1)
-        video_global = model.embed('video_global', model.global_features(frames))
-        return attention_map(audio_global, video_global, model.config.attention_temperature)
+        _, _, attention = model.global_pathway(frames, model.audio_encoder(audio))
+        return attention
 
 # %% ../../nbs/44_tasks.features.ipynb #008b
 class TaskNetwork(nn.Module):

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 
 from ..core import InputError, atomic_path, generator, parse, progress, seed_everything
 from ..data.shards import ClipStore
-from ..data.planes import to_rgb
+from ..data.views import prepare_inputs
 from .metrics import deepfake_scores, sentence_errors, sentence_scores
 from ..model import GLCM
 from ..runs import RunConfig, code_hash, data_hash, read_state, save_tensors, with_weights
@@ -60,9 +60,8 @@ def to_inputs(
     device: torch.device,
 ) -> tuple: # video (B, 3, T, h, w) uint8, audio (B, F, N), length (B,); None for what the batch lacks
     "A batch of windows as a task's network takes it."
-    planes, audio, length = (batch[name].to(device, non_blocking=True) if name in batch else None
-                             for name in ('planes', 'mel', 'length'))
-    video = None if planes is None else to_rgb(planes).transpose(1, 2)
+    video, audio = prepare_inputs(batch.get('planes'), batch.get('mel'), device)
+    length = batch['length'].to(device, non_blocking=True) if 'length' in batch else None
     return video, audio, length
 
 def forward_batch(

@@ -27,9 +27,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ..core import InputError, atomic_path, parse, progress, read_params, seed_everything
 from ..data.shards import ClipStore
-from ..data.planes import to_rgb
-from ..data.views import TrainingViews, training_batches, training_clips
-from ..distributed import Ranks, handling, joined, launch
+from ..data.views import TrainingViews, prepare_inputs, training_batches, training_clips
+from ..distributed import Ranks, launch, process_group, signal_handlers
 from ..encoders import reset_batchnorm_statistics
 from ..model import GLCM
 from ..processes import end_with_parent, only_run
@@ -59,7 +58,7 @@ def stop_signals():
             raise KeyboardInterrupt
         requests.append(number)
         times.append(time.monotonic())
-    with handling(request, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    with signal_handlers(request, signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
         yield requests
 
 # %% ../../nbs/34_training.pretrain.ipynb #007
@@ -93,7 +92,7 @@ def check_same_start(
     "Raise `InputError` unless all ranks start at the same step of the same run."
     names = 'config', 'data', 'code'
     own = [step] + [_number(state.about[name]) for name in names]
-    all_ranks = ranks.gather(torch.tensor([own], device=ranks.device)).T.tolist()
+    all_ranks = ranks.all_gather(torch.tensor([own], device=ranks.device)).T.tolist()
     for name, values in zip(('checkpoint', 'configuration', 'data', 'code'), all_ranks):
         if len(set(values)) > 1:
             raise InputError(f'{name} of {ranks} is not that of every rank: all machines should see the same folders '
@@ -140,8 +139,7 @@ def reset_untrained(
     def inputs():
         loader = training_batches(views, config.pretrain.batch, UNTRAINED_BATCHES, 0, machine.workers, ranks.rank, ranks.size)
         for batch in loader:
-            video = to_rgb(batch['planes'].to(ranks.device)).transpose(1, 2)
-            yield video, batch['audio'].to(ranks.device)
+            yield prepare_inputs(batch['planes'], batch['mel'], ranks.device)
     reset_batchnorm_statistics(model, inputs())
 
 # %% ../../nbs/34_training.pretrain.ipynb #014
@@ -228,7 +226,7 @@ class Trainer:
 
     def _stop(self, stop_requests):
         "Raise `Stopped` when the first process has written."
-        self.ranks.wait()
+        self.ranks.barrier()
         number = signal.Signals(stop_requests[0] if stop_requests else signal.SIGTERM)
         step = self.history[-1]['step']
         raise Stopped(f'stopped by {number.name} after step {step}: the same call resumes from {self.checkpoints.folder}', number)
@@ -259,7 +257,7 @@ def train(
 ) -> pd.DataFrame: # step, loss, global_loss, local_loss and lr of each step
     "Pretrain as one process of a run, resume it where it was interrupted, and write its checkpoint."
     out = Path(out)
-    with joined() as ranks, stop_signals() as stop_requests, only_run(out, resume) if ranks.rank == 0 else nullcontext():
+    with process_group() as ranks, stop_signals() as stop_requests, only_run(out, resume) if ranks.rank == 0 else nullcontext():
         stores = [ClipStore(Path(clips)/name) for name in config.pretrain.datasets]
         data = data_hash(stores)
         finished = read_finished(out, config, data)
@@ -270,7 +268,7 @@ def train(
         trainer.run(stop_requests)
         if ranks.rank == 0:
             trainer.write(out, data)
-        ranks.wait()
+        ranks.barrier()
     return trainer.losses()
 
 # %% ../../nbs/34_training.pretrain.ipynb #017

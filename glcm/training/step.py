@@ -14,7 +14,7 @@ from contextlib import nullcontext
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
-from ..data.planes import to_rgb
+from ..data.views import overlap, prepare_inputs
 from ..distributed import Ranks
 from ..encoders import frozen_statistics
 from ..losses import ALONE
@@ -115,7 +115,7 @@ def no_meter(part: str):
 
 def compute_gradients(
     network: torch.nn.Module, # a GLCM, perhaps wrapped; its parameters get the gradients
-    batch: dict, # planes (B, T, 3h/2, w) uint8, audio (B, F, N) float32, shift (B,) steps
+    batch: dict, # planes (B, T, 3h/2, w) uint8, mel (B, F, N) log10 energies, shift (B,) steps
     config: RunConfig,
     ranks: Ranks = ALONE, # processes that train together, each on its own batch
     meter=no_meter, # a `StepMeter`
@@ -123,8 +123,8 @@ def compute_gradients(
     "One forward and backward pass over a batch, in `pretrain.accumulate` parts."
     device = next(network.parameters()).device
     with meter('forward'):
-        planes, audio, shift = (batch[name].to(device, non_blocking=True) for name in ('planes', 'audio', 'shift'))
-        video = to_rgb(planes).transpose(1, 2)
+        video, audio = prepare_inputs(batch['planes'], batch['mel'], device)
+        shift = batch['shift'].to(device, non_blocking=True)
         count = config.pretrain.accumulate
         parts = list(zip(video.chunk(count), audio.chunk(count)))
         if len(parts) == 1:
@@ -132,7 +132,7 @@ def compute_gradients(
         else:
             embeddings = forward_detached(network, parts, config)
     with meter('loss'):
-        losses = glcm_loss(embeddings.overlap(shift, config.views.shift), config.loss, ranks)
+        losses = glcm_loss(overlap(embeddings, shift, config.views.shift), config.loss, ranks)
     with meter('backward'):
         losses['loss'].backward()
         if len(parts) > 1:
@@ -159,7 +159,7 @@ def check_finite(
 def training_step(
     network: GLCM | DistributedDataParallel,
     optimizer: torch.optim.Optimizer,
-    batch: dict, # planes (B, T, 3h/2, w) uint8, audio (B, F, N) float32, shift (B,) steps, clip names
+    batch: dict, # planes (B, T, 3h/2, w) uint8, mel (B, F, N) log10 energies, shift (B,) steps, clip names
     config: RunConfig,
     step: int, # number of the step, for the learning rate
     ranks: Ranks = ALONE, # processes that train together, each on its own batch
