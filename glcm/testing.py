@@ -12,7 +12,7 @@ from pathlib import Path
 from .core import override, parse, read_params
 from .data.audio import AudioConfig
 from .data.catalogue import read_catalogue
-from .data.miniature import write_world
+from .miniature.world import write_world
 from .data.preprocess import ClipConfig, preprocess
 from .data.shards import ClipStore, StoreConfig
 from .tasks.localize import localize, measure_synchronisation
@@ -32,14 +32,13 @@ def tiny_params() -> dict: # sections of params.yaml
 def tiny_clips(
     clips: str | Path, # folder of clip shards: a folder for the dataset is made in it
     dataset: str, # kinetics700, avspeech, vggss or esc50
-    **world, # sizes for `write_world` other than those of a few clips
+    **sizes, # numbers of clips, as in `glcm.miniature.world.SIZES`
 ) -> Path: # the dataset's folder of shards
     "Clip shards of a few clips of the miniature world."
     params, out = read_params(), Path(clips)/dataset
-    sizes = dict(train=0, validate=0, speech=0, held_out=0, recordings=0) | world
     with tempfile.TemporaryDirectory() as folder:
-        write_world(Path(folder)/'data', workers=0, **sizes)
-        source = Path(folder)/'data'/dataset
+        write_world(folder, {dataset: sizes}, workers=0)
+        source = Path(folder)/dataset
         preprocess(read_catalogue(dataset, source), source, out, parse(ClipConfig, params['datasets'][dataset], dataset),
                    parse(AudioConfig, params['audio'], 'audio'), parse(StoreConfig, params['store'], 'store'), params['views']['frames'])
     return out

@@ -16,7 +16,7 @@ import glcm.data.preprocess as module
 from glcm.core import InputError
 from glcm.data.audio import AudioConfig
 from glcm.data.catalogue import read_catalogue
-from glcm.data.miniature import write_world
+from glcm.miniature.world import write_world
 from glcm.data.preprocess import ClipConfig, Decoder, PreprocessConfig, Settings, attempt, preprocess
 from glcm.data.shards import ClipStore, StoreConfig
 from glcm.data.damage import Rejection
@@ -41,7 +41,7 @@ module.preprocess(read_catalogue('kinetics700', folder), folder, out, CLIP, AUDI
 @pytest.fixture(scope='module')
 def kinetics(tmp_path_factory):
     folder = tmp_path_factory.mktemp('world')/'data'
-    write_world(folder, workers=0, train=26, validate=0, speech=0, held_out=0, recordings=0)
+    write_world(folder, dict(kinetics700=dict(train=26)), workers=0)
     (sorted((folder/'kinetics700').rglob('*.mp4'))[9]).write_bytes(b'damaged')
     return folder/'kinetics700'
 

@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import yaml
 
-from glcm.data.miniature import write_world
+from glcm.miniature.world import write_world
 from glcm.testing import tiny_params
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +57,8 @@ def project(tmp_path_factory):
     params = tiny_params()
     params['finetune']['esc50']['epochs'] = 1
     copy_of_the_repository(folder, params)
-    write_world(folder/'data', workers=0, train=5, validate=1, speech=3, held_out=3, recordings=1)
+    write_world(folder/'data', dict(kinetics700=dict(train=5, validate=1), avspeech=dict(speech=3), vggss=dict(held_out=3),
+                                    esc50=dict(recordings=1)), workers=0)
     run(folder, 'dvc', 'repro')
     return folder
 
@@ -142,7 +143,7 @@ def test_own_videos_are_enough_to_pretrain(tmp_path):
     params['pretrain']['datasets'] = ['my holiday']
     params['grid'] = params['grid'] | dict(datasets=['my holiday'], tasks={})
     copy_of_the_repository(folder, params)
-    write_world(tmp_path/'world', workers=0, train=5, validate=0, speech=0, held_out=0, recordings=0)
+    write_world(tmp_path/'world', dict(kinetics700=dict(train=5)), workers=0)
     for k, film in enumerate(sorted((tmp_path/'world'/'kinetics700').rglob('*.mp4'))):
         (folder/'data'/'my holiday'/f'day {k//3}').mkdir(parents=True, exist_ok=True)
         shutil.copy(film, folder/'data'/'my holiday'/f'day {k//3}'/f'film {k}.mp4')

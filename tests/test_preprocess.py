@@ -16,7 +16,7 @@ import glcm.data.preprocess as module
 from glcm.core import InputError
 from glcm.data.audio import AudioConfig
 from glcm.data.catalogue import read_catalogue, training_order
-from glcm.data.miniature import write_world
+from glcm.miniature.world import write_world
 from glcm.data.preprocess import ClipConfig, preprocess
 from glcm.data.shards import ClipStore, StoreConfig
 from glcm.data.video import write_video
@@ -29,7 +29,7 @@ CLIP = ClipConfig(fps=10, short_side=64, max_rejected=0.9)
 @pytest.fixture(scope='module')
 def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp('world')/'data'
-    write_world(folder, workers=0, train=9, validate=1, speech=0, held_out=2, recordings=1)
+    write_world(folder, dict(kinetics700=dict(train=9, validate=1), vggss=dict(held_out=2), esc50=dict(recordings=1)), workers=0)
     return folder
 
 
@@ -76,7 +76,7 @@ def test_a_line_that_is_not_understood_is_one_row_of_the_rejected(kinetics, tmp_
 def many(tmp_path_factory):
     "A dataset for training and validation of which every third film is damaged, the clips in their order by chance, and those that can be used."
     folder = tmp_path_factory.mktemp('many')/'data'
-    write_world(folder, workers=0, train=24, validate=6, speech=0, held_out=0, recordings=0)
+    write_world(folder, dict(kinetics700=dict(train=24, validate=6)), workers=0)
     order = training_order(read_catalogue('kinetics700', folder/'kinetics700'))
     for path in order.path[::3]: (folder/'kinetics700'/path).write_bytes(b'damaged')
     whole = [clip for k, clip in enumerate(order['clip']) if k % 3]

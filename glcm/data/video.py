@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'FIRST', 'LATE', 'Recording', 'ticks_on_screen', 'Screen', 'Wanted', 'Opening', 'read_recording',
-           'write_video']
+           'Encoding', 'write_video']
 
 # %% ../../nbs/03_data.video.ipynb #n02
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 
 import av
 import numpy as np
+from av.bitstream import BitStreamFilterContext
 
 from .clock import SETTLING, open_file, streams_of
 from .damage import Rejection
@@ -211,6 +213,36 @@ def _recording(path, wanted: Wanted, screen: Screen, sound: Sound, ends: float, 
     return Recording(planes, waveform)
 
 # %% ../../nbs/03_data.video.ipynb #036
+@dataclass(frozen=True)
+class Encoding:
+    "Options of the encoders and of the file, by FFmpeg's names; the defaults suit a browser."
+    video: dict = field(default_factory=dict) # of libx264, such as preset
+    audio: dict = field(default_factory=dict) # of AAC, such as b for bits per second
+    container: dict = field(default_factory=lambda: {'movflags': 'faststart'}) # of mp4
+
+def _encode_pictures(
+    stream: av.VideoStream, # an H.264 stream
+    frames: np.ndarray, # (F, h, w, 3) uint8 RGB
+) -> list: # of packets
+    "Compress pictures; the note of its settings that x264 puts into the stream is left out."
+    packets = []
+    for frame in frames:
+        packets += stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24'))
+    packets += stream.encode(None)
+    without_settings = BitStreamFilterContext('filter_units=remove_types=6', stream)
+    return [kept for packet in packets for kept in without_settings.filter(packet)]
+
+def _encode_sound(
+    stream: av.AudioStream, # an AAC stream
+    waveform: np.ndarray, # (n,) float mono in -1..1
+    delay: float, # seconds
+) -> list: # of packets
+    "Compress a sound that starts after `delay`; with a time stamp the silence that AAC puts first is declared."
+    sound = av.AudioFrame.from_ndarray(np.asarray(waveform, np.float32)[None], format='fltp', layout='mono')
+    sound.sample_rate, sound.time_base = stream.rate, Fraction(1, stream.rate)
+    sound.pts = round(delay*stream.rate)
+    return stream.encode(sound) + stream.encode(None)
+
 def write_video(
     path: str | Path, # an mp4 file to write
     frames: np.ndarray, # (F, h, w, 3) uint8 RGB, both sides even
@@ -219,19 +251,14 @@ def write_video(
     sample_rate: int = 24000, # samples per second
     audio_delay: float = 0.0, # seconds by which the audio stream starts after the picture
     crf: int = 20, # H.264 quality, 0 (lossless) to 51
+    encoding: Encoding = Encoding(), # further options
 ):
     "Write an H.264 + AAC mp4 file, as a browser plays it."
-    with av.open(str(path), 'w', options={'movflags': 'faststart'}) as container:
-        video = container.add_stream('libx264', rate=Fraction(fps).limit_denominator(1000))
-        video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], 'yuv420p'
-        video.options = {'crf': str(crf)}
-        audio = container.add_stream('aac', rate=sample_rate, layout='mono') if waveform is not None else None
-        for picture in frames:
-            container.mux(video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format='rgb24')))
-        container.mux(video.encode(None))
-        if audio is None: return
-        sound = av.AudioFrame.from_ndarray(np.asarray(waveform, np.float32)[None], format='fltp', layout='mono')
-        sound.sample_rate, sound.pts = sample_rate, round(audio_delay*sample_rate)
-        sound.time_base = Fraction(1, sample_rate)
-        container.mux(audio.encode(sound))
-        container.mux(audio.encode(None))
+    with av.open(str(path), 'w', options=encoding.container) as container:
+        rate = Fraction(fps).limit_denominator(1000)
+        video = container.add_stream('libx264', rate=rate, options=encoding.video | {'crf': str(crf)})
+        video.height, video.width, video.pix_fmt = *frames.shape[1:3], 'yuv420p'
+        if waveform is not None:
+            audio = container.add_stream('aac', rate=sample_rate, layout='mono', options=encoding.audio)
+        container.mux(_encode_pictures(video, frames))
+        if waveform is not None: container.mux(_encode_sound(audio, waveform, audio_delay))
