@@ -10,7 +10,7 @@ from torch import nn
 
 from glcm.core import read_params, root
 from glcm.model import GLCM
-from glcm.runs import run_config
+from glcm.training.config import run_config
 
 CLIPS = 2
 FILES = dict(default='params.yaml', paper='params.paper.yaml')

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 
 from glcm.core import InputError, inside
-from glcm.data.benchmarks import window
-from glcm.data.catalogue import EXPECTED, READERS, leaks, read_catalogue, training_order
-from glcm.data.lists import COLUMNS, clip_name
+from glcm.datasets.benchmarks import window
+from glcm.datasets.catalogue import EXPECTED, READERS, leaks, read_catalogue
+from glcm.data.table import training_order
+from glcm.data.table import COLUMNS, clip_name
 
 ALIGN = '0 5000 sil\n5000 10000 bin\n10000 15000 blue\n15000 20000 at\n20000 21000 sp\n21000 25000 f\n25000 30000 two\n30000 74500 now\n'
 KINETICS = 'label,youtube_id,time_start,time_end,split\n'

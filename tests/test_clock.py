@@ -243,7 +243,10 @@ def test_a_span_is_what_the_whole_film_holds(tmp_path, suffix, codec, start, end
 
 def test_a_span_of_a_long_film_is_found_by_seeking(tmp_path, monkeypatch):
     path, decoded = film(tmp_path/'film.mp4', seconds=60), []
-    monkeypatch.setattr(glcm.data.video, 'planes_at', lambda frame, side: decoded.append(frame.time) or np.zeros((96, 64), np.uint8))
+    def planes(renderer, frame):
+        decoded.append(frame.time)
+        return np.zeros((96, 64), np.uint8)
+    monkeypatch.setattr(glcm.data.video.Renderer, 'planes', planes)
     read = glcm.data.video.decoding
     frames = []
     class Counted:

@@ -25,7 +25,7 @@ STEP = textwrap.dedent('''
     from glcm.core import override, parse
     from glcm.distributed import process_group
     from glcm.model import GLCM
-    from glcm.runs import MachineConfig, run_config
+    from glcm.training.config import MachineConfig, run_config
     from glcm.testing import tiny_params
     from glcm.training.pretrain import wrap_network
     from glcm.training.step import training_step

@@ -15,7 +15,7 @@ import pytest
 import glcm.data.preprocess as module
 from glcm.core import InputError
 from glcm.data.audio import AudioConfig
-from glcm.data.catalogue import read_catalogue
+from glcm.datasets.catalogue import read_catalogue
 from glcm.miniature.world import write_world
 from glcm.data.preprocess import ClipConfig, Decoder, PreprocessConfig, Settings, attempt, preprocess
 from glcm.data.shards import ClipStore, StoreConfig
@@ -30,7 +30,7 @@ ROWS = 4
 SCRIPT = '''
 import sys
 import glcm.data.preprocess as module
-from glcm.data.catalogue import read_catalogue
+from glcm.datasets.catalogue import read_catalogue
 from test_interruption import AUDIO, CLIP, ROWS, STORE
 module.ROWS_PER_SHARD = ROWS
 folder, out = sys.argv[1:]

@@ -16,8 +16,8 @@ from av.format import ContainerFormat
 
 from glcm.core import InputError, inside
 from glcm.data.audio import AudioConfig
-from glcm.data.catalogue import read_catalogue
-from glcm.data.lists import MEDIA, SOUND, VIDEO, csv_rows, listing
+from glcm.datasets.catalogue import read_catalogue
+from glcm.data.table import MEDIA, SOUND, VIDEO, csv_rows, listing
 from glcm.data.preprocess import REMEDIES, ClipConfig, media_file, preprocess, summary
 from glcm.data.shards import ClipStore, StoreConfig
 from glcm.data.video import Rejection, write_video

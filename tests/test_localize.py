@@ -14,7 +14,8 @@ from glcm.core import InputError, root
 from glcm.data.shards import ClipStore
 from glcm.model import GLCM
 from glcm.report.figures import plot_attention
-from glcm.runs import run_config, save_checkpoint
+from glcm.training.checkpoints import save_checkpoint
+from glcm.training.config import run_config
 from glcm.tasks.attend import attend_clips
 from glcm.tasks.localize import (
     attention_heatmap, evaluation_clips, local_embeddings, localize, measure_synchronisation,

@@ -11,7 +11,7 @@ import pytest
 
 from glcm.core import InputError, parse, read_params
 from glcm.data.audio import AudioConfig
-from glcm.data.catalogue import read_catalogue
+from glcm.datasets.catalogue import read_catalogue
 from glcm.data.preprocess import ClipConfig, preprocess
 from glcm.data.shards import ClipStore, StoreConfig
 from glcm.miniature import world as module

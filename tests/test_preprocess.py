@@ -15,7 +15,8 @@ import pytest
 import glcm.data.preprocess as module
 from glcm.core import InputError
 from glcm.data.audio import AudioConfig
-from glcm.data.catalogue import read_catalogue, training_order
+from glcm.data.table import training_order
+from glcm.datasets.catalogue import read_catalogue
 from glcm.miniature.world import write_world
 from glcm.data.preprocess import ClipConfig, preprocess
 from glcm.data.shards import ClipStore, StoreConfig

@@ -18,12 +18,13 @@ import glcm.data.preprocess as preprocessing
 import glcm.processes as processes
 from glcm.core import InputError, parse
 from glcm.data.audio import AudioConfig
-from glcm.data.catalogue import read_catalogue
+from glcm.datasets.catalogue import read_catalogue
 from glcm.data.preprocess import ClipConfig, preprocess
 from glcm.data.shards import ClipStore, StoreConfig
 from glcm.data.video import write_video
 from glcm.processes import only_run
-from glcm.runs import MachineConfig, run_config, save_tensors
+from glcm.training.checkpoints import save_tensors
+from glcm.training.config import MachineConfig, run_config
 from glcm.stage import run_stage
 from glcm.testing import tiny_params
 from glcm.training.pretrain import train
@@ -153,10 +154,12 @@ def test_disks_that_cannot_be_written_are_named(films, tmp_path, monkeypatch, nu
 STAGE = '''
 import threading
 from pathlib import Path
+import glcm.data.preprocess
 from glcm.data.preprocess import attempt
 from glcm.distributed import launch
 from test_processes import settings
 folder = Path(%r)
+glcm.data.preprocess.media_file = lambda folder, name: folder/name # lets the pipe through to the decoder
 threading.Thread(target=attempt, args=[folder, dict(path='hangs.mp4'), settings(), 600.0], daemon=True).start()
 launch([str(folder/'rank.py')], 2)
 '''

@@ -74,7 +74,7 @@ import json
 import torch
 from glcm.core import override, read_params
 from glcm.model import GLCM
-from glcm.runs import run_config
+from glcm.training.config import run_config
 from glcm.training.step import training_step
 for precision in ('float32', 'bfloat16'):
     changes = dict(pretrain=dict(batch=2, precision=precision))

@@ -19,7 +19,7 @@ from torch import nn
 
 from glcm.core import read_params, root
 from glcm.model import GLCM, glcm_loss
-from glcm.runs import run_config
+from glcm.training.config import run_config
 
 REFERENCE = Path(__file__).with_name('released.json')
 CONFIG = run_config(read_params(root()/'params.paper.yaml'), 'released', 0)

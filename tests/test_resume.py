@@ -9,16 +9,17 @@ import pytest
 import torch
 
 from glcm.core import InputError, override, parse, root
-from glcm.runs import MachineConfig, load_model, run_config
+from glcm.training.checkpoints import load_model
+from glcm.training.config import MachineConfig, run_config
 from glcm.testing import tiny_clips, tiny_params
 from glcm.training.pretrain import train
 
 SCRIPT = textwrap.dedent('''
     import os, signal, sys
-    import glcm.runs, glcm.training.pretrain
+    import glcm.training.checkpoints, glcm.training.pretrain
     from test_resume import tiny_train
     folder, kill_at, where = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    module = glcm.runs if where == 'save_checkpoint' else glcm.training.pretrain
+    module = glcm.training.checkpoints if where == 'save_checkpoint' else glcm.training.pretrain
     original = getattr(module, where)
     calls = 0
     def deadly(*args, **kwargs):
@@ -88,7 +89,7 @@ def test_damaged_checkpoint_is_passed_over(unbroken, capsys):
 
 def test_changed_code_is_not_gone_on_with(unbroken, monkeypatch):
     resume = kill(unbroken, 'training_step', 3)
-    monkeypatch.setattr('glcm.runs.code_version', lambda: dict(code='other', commit='4711'))
+    monkeypatch.setattr('glcm.training.checkpoints.code_version', lambda: dict(code='other', commit='4711'))
     with pytest.raises(InputError, match=r'code: [0-9a-f]{16} then, other now\n.*commit: .* then, 4711 now'):
         tiny_train(unbroken, 'changed', resume.name)
 

@@ -16,7 +16,7 @@ from glcm.encoders import BasicBlock
 from glcm.tasks.metrics import deepfake_scores, sentence_errors, sentence_scores
 from glcm.tasks.statistics import task_scores
 from glcm.model import GLCM
-from glcm.runs import run_config
+from glcm.training.config import run_config
 from glcm.tasks.classify import Classifier
 from glcm.tasks.features import Features
 from glcm.tasks.finetune import (CachedFeatures, FinetuneState, decay_groups, finetune, fit, forward_batch, load_network,

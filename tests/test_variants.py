@@ -9,7 +9,8 @@ from glcm.core import InputError, override, parse, read_params, root
 from glcm.data.views import prepare_inputs
 from glcm.model import GLCM, glcm_loss
 from glcm.testing import tiny_params
-from glcm.runs import MachineConfig, imported_files, run_config
+from glcm.training.checkpoints import imported_files
+from glcm.training.config import MachineConfig, run_config
 from glcm.training.step import training_step
 
 PARAMS = tiny_params()
@@ -51,7 +52,7 @@ def test_each_part_of_a_batch_is_counted_once_by_batch_norm():
 
 
 STAGE_MODULES = { # what the notebook of each stage calls; pictures within a notebook are left out, so that they retrain nothing
-    'preprocess': ['data.preprocess'],
+    'preprocess': ['datasets.catalogue', 'data.preprocess'],
     'gather': ['data.views'],
     'pretrain': ['training.pretrain'],
     'localize': ['tasks.localize', 'tasks.attend', 'report.figures'],

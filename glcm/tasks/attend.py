@@ -21,7 +21,7 @@ from ..data.shards import ClipStore
 from ..data.video import read_recording
 from ..data.views import scale_mel
 from ..model import GLCM
-from ..runs import RunConfig
+from ..training.config import RunConfig
 from .localize import (
     attention_heatmap, evaluation_clips, local_embeddings, middle_span, resize_scores)
 

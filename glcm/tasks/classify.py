@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from ..core import InputError
 from ..model import GLCM
-from ..runs import RunConfig
+from ..training.config import RunConfig
 from .features import Features, TaskNetwork, clip_mean
 from .config import TaskConfig
 

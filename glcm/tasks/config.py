@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
 from ..core import InputError, LearningRate, Probability, WeightDecay, configuration, parse, section_of
-from ..runs import Precision
+from ..training.config import Precision
 
 # %% ../../nbs/41_tasks.config.ipynb #005
 CHOSEN = 'frozen', 'epochs', 'batch', 'lr', 'weight_decay', 'flip', 'dropout' # values that candidates may change

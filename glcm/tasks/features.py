@@ -20,7 +20,7 @@ from ..attention import attention_pool, mean_pool
 from ..core import InputError
 from ..encoders import CONV, NORM, POOL, reset_batchnorm_statistics
 from ..model import GLCM, normalize_frames
-from ..runs import RunConfig
+from ..training.config import RunConfig
 from .config import TaskConfig
 
 # %% ../../nbs/44_tasks.features.ipynb #005

@@ -28,7 +28,8 @@ from ..data.shards import ClipStore
 from ..data.views import prepare_inputs
 from .metrics import deepfake_scores, sentence_errors, sentence_scores
 from ..model import GLCM
-from ..runs import RunConfig, code_hash, data_hash, read_state, save_tensors, with_weights
+from ..training.checkpoints import code_hash, data_hash, read_state, save_tensors, with_weights
+from ..training.config import RunConfig
 from .classify import Classifier
 from .features import TaskNetwork
 from .config import TaskConfig, parse_task

@@ -17,7 +17,7 @@ from ..core import InputError, progress
 from ..data.shards import ClipStore
 from ..data.views import prepare_inputs, training_clips
 from ..model import GLCM
-from ..runs import RunConfig
+from ..training.config import RunConfig
 from .metrics import (
     above_half_range, above_median, baseline_maps, box_mask, box_weights, ciou, localization_scores,
     pointing_hit, synchronisation_hits)

@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 
 from ..core import InputError
-from ..data.catalogue import leaks
-from ..data.lists import chance
+from ..datasets.catalogue import leaks
+from ..data.table import chance
 from ..data.shards import ClipStore
 from .config import TaskConfig
 

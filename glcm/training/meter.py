@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..model import GLCM
-from ..runs import RunConfig
+from .config import RunConfig
 
 # %% ../../nbs/32_training.meter.ipynb #005
 class StepMeter:

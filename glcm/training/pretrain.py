@@ -32,8 +32,8 @@ from ..distributed import Ranks, launch, process_group, signal_handlers
 from ..encoders import reset_batchnorm_statistics
 from ..model import GLCM
 from ..processes import end_with_parent, only_run
-from ..runs import (COLUMNS, MachineConfig, Resume, RunConfig, data_hash, differences, read_checkpoint,
-                       run_config, run_hash, save_checkpoint)
+from .checkpoints import COLUMNS, Resume, data_hash, differences, read_checkpoint, run_hash, save_checkpoint
+from .config import MachineConfig, RunConfig, run_config
 from .meter import StepMeter, clip_teraflops, expected_duration, step_report
 from .step import Diverged, training_step
 

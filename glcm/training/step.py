@@ -19,7 +19,7 @@ from ..distributed import Ranks
 from ..encoders import frozen_statistics
 from ..losses import ALONE
 from ..model import GLCM, Embeddings, glcm_loss
-from ..runs import PretrainConfig, RunConfig
+from .config import PretrainConfig, RunConfig
 
 # %% ../../nbs/33_training.step.ipynb #005
 def learning_rate(

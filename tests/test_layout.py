@@ -1,0 +1,60 @@
+"""The layout of the package: imports go one way, chapters are in reading order."""
+import ast
+
+import nbformat
+import pytest
+
+from glcm.core import root
+
+FLOORS = [ # a module imports from lower floors and from its own
+    {'core'},
+    {'processes', 'distributed'},
+    {'encoders', 'attention', 'losses', 'model'},
+    {'data'},
+    {'datasets'},
+    {'training'},
+    {'tasks'},
+    {'report'},
+    {'params', 'export', 'stage'},
+    {'miniature'},
+    {'testing'},
+]
+PARTS = ['core', 'encoders', 'attention', 'losses', 'model', 'distributed', 'processes', 'data', 'datasets', 'training',
+         'tasks', 'report', 'params', 'export', 'stage', 'testing', 'miniature']
+
+
+def module_names(path):
+    "The name of a module relative to the package, as parts: ('data', 'views')."
+    return path.relative_to(root()/'glcm').with_suffix('').parts
+
+
+def floor_of(name):
+    return next(number for number, names in enumerate(FLOORS) if name in names)
+
+
+def imported(path):
+    "First parts of the names of all modules of the package that a module imports."
+    names = module_names(path)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level:
+            target = names[:len(names) - node.level] + tuple((node.module or '').split('.'))
+            yield target[0] or node.names[0].name
+
+
+@pytest.mark.parametrize('path', sorted((root()/'glcm').rglob('*.py')), ids=lambda path: '.'.join(module_names(path)))
+def test_imports_go_one_way(path):
+    name = module_names(path)[0]
+    if name.startswith('_'): # __init__ loads export when it is asked to
+        return
+    for other in imported(path):
+        assert floor_of(other) <= floor_of(name), f'{path} imports from {other}'
+
+
+def test_chapters_are_in_reading_order():
+    found = []
+    for path in sorted((root()/'nbs').glob('*.ipynb')):
+        first = nbformat.read(path, 4).cells[0].source
+        module = first.removeprefix('#| default_exp ').strip()
+        assert path.stem.split('_', 1)[1] == module, f'{path.name} exports {module}'
+        found.append(module.split('.')[0])
+    assert found == sorted(found, key=PARTS.index)
