@@ -41,6 +41,20 @@ def test_pretraining_is_told_from_random_weights_clip_by_clip(metric):
     assert row.seeds == 3 and 0 < row.low < row.difference < row.high
 
 
-@pytest.mark.parametrize('link', sorted(set(re.findall(r'\]\(([^)#]+)\)', README))))
-def test_links_lead_somewhere(link):
-    assert (ROOT/link).exists()
+PAGES = ['README.md', 'CONTRIBUTING.md', 'results/README.md', 'nbs/guide.ipynb']
+
+
+def links_of(page):
+    "The links of a page to other files."
+    links = re.findall(r'\]\(([^)#\s]+)\)', (ROOT/page).read_text())
+    return sorted(link for link in set(links) if not link.startswith('https:'))
+
+
+@pytest.mark.parametrize('page, link', [(page, link) for page in PAGES for link in links_of(page)])
+def test_links_lead_somewhere(page, link):
+    assert ((ROOT/page).parent/link).exists()
+
+
+def test_readme_is_short():
+    prose = re.sub(r'<!-- (\w+ \w+) -->.*?<!-- /\1 -->', '', README, flags=re.DOTALL)
+    assert len(prose.split()) < 900

@@ -11,14 +11,13 @@ import os
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from ..core import InputError, inside
+from ..data.table import (as_table, csv_rows, left_out, media_files, nfc, printable, read_items, seconds,
+                             some_of)
 from .benchmarks import (dfdc, esc10, esc50, flickr_soundnet, grid, grid_words, hmdb51, lrs2, lrw,
-                                  ucf101, vggss)
-from ..data.table import (TRAINING, as_table, chance, csv_rows, left_out, media_files, nfc, printable, read_items,
-                             seconds, some_of)
+                                      ucf101, vggss)
 
 # %% ../../nbs/29_datasets.catalogue.ipynb #005
 def kinetics700(
