@@ -41,10 +41,14 @@ def shown(
     value: Any, # as read from a YAML file
 ) -> str: # at most 60 characters
     "A value as it stands in a YAML file, for messages."
-    if value is None: return 'null'
-    if isinstance(value, bool): return str(value).lower()
-    if isinstance(value, float) and not math.isfinite(value): return '.nan' if math.isnan(value) else '-.inf' if value < 0 else '.inf'
-    if isinstance(value, int) and abs(value) >= 10**18: return f'a number of {int(value.bit_length()*math.log10(2)) + 1} digits'
+    if value is None:
+        return 'null'
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, float) and not math.isfinite(value):
+        return '.nan' if math.isnan(value) else '-.inf' if value < 0 else '.inf'
+    if isinstance(value, int) and abs(value) >= 10**18:
+        return f'a number of {int(value.bit_length()*math.log10(2)) + 1} digits'
     text = repr(value)
     return text if len(text) <= 60 else f'{text[:57]}...'
 
@@ -55,7 +59,8 @@ def root(
     "The repository's top level; raises `InputError` outside of a repository."
     start = Path(start or Path.cwd()).resolve()
     for folder in (start, *start.parents):
-        if (folder/'params.yaml').exists(): return folder
+        if (folder/'params.yaml').exists():
+            return folder
     raise InputError(f'no params.yaml in {start} or above: run this from inside the glcm repository')
 
 # %% ../nbs/00_core.ipynb #007b
@@ -63,12 +68,18 @@ LARGEST = 1_000_000 # bytes of a params.yaml, and values in it once its aliases 
 
 def _text_of(path: Path) -> str:
     "The text of a params.yaml; raises `InputError` where it cannot be read."
-    if not path.exists(): raise InputError(f'{path} does not exist')
-    try: data = path.read_bytes()
-    except OSError as e: raise InputError(f'{path} cannot be read: {e.strerror}') from None
-    if len(data) > LARGEST: raise InputError(f'{path} has {len(data)} bytes: a file of parameters has at most {LARGEST}')
-    try: text = data.decode('utf-8-sig')
-    except UnicodeDecodeError: raise InputError(f'{path} is not UTF-8 text: save it as UTF-8') from None
+    if not path.exists():
+        raise InputError(f'{path} does not exist')
+    try:
+        data = path.read_bytes()
+    except OSError as e:
+        raise InputError(f'{path} cannot be read: {e.strerror}') from None
+    if len(data) > LARGEST:
+        raise InputError(f'{path} has {len(data)} bytes: a file of parameters has at most {LARGEST}')
+    try:
+        text = data.decode('utf-8-sig')
+    except UnicodeDecodeError:
+        raise InputError(f'{path} is not UTF-8 text: save it as UTF-8') from None
     if odd := re.search('[\x85\u2028\u2029]', text):
         line = text[:odd.start()].count('\n') + 1
         raise InputError(f'{path}, line {line}: programs disagree whether U+{ord(odd[0]):04X} ends a line; replace it')
@@ -79,7 +90,8 @@ def _check_keys(node: yaml.MappingNode, path: Path):
     "Raise `InputError` where a section gives a name twice."
     counts = Counter((key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
     for (_, name), count in counts.items():
-        if count > 1: raise InputError(f'{path}, line {node.start_mark.line + 1}: {name!r} stands {count} times in one section')
+        if count > 1:
+            raise InputError(f'{path}, line {node.start_mark.line + 1}: {name!r} stands {count} times in one section')
 
 def _count_values(
     node: yaml.Node,
@@ -88,7 +100,8 @@ def _count_values(
     counts: dict, # of the nodes counted so far, by their id; filled
 ) -> int: # with every alias written out
     "Values in a part of a file; raises `InputError` where it holds itself, or a name twice."
-    if id(node) in above: raise InputError(f'{path}, line {node.start_mark.line + 1}: what is anchored here holds itself')
+    if id(node) in above:
+        raise InputError(f'{path}, line {node.start_mark.line + 1}: what is anchored here holds itself')
     if id(node) not in counts:
         children = [] if isinstance(node, yaml.ScalarNode) else node.value
         if isinstance(node, yaml.MappingNode):
@@ -102,7 +115,8 @@ def _load(text: str, path: Path):
     "The values of a YAML text that holds something; raises `InputError` for what `_count_values` finds."
     loader = yaml.SafeLoader(text)
     node = loader.get_single_node()
-    if node is None: raise InputError(f'{path} is empty: it should hold sections of parameters')
+    if node is None:
+        raise InputError(f'{path} is empty: it should hold sections of parameters')
     if _count_values(node, path, frozenset(), {}) > LARGEST:
         raise InputError(f'{path} stands for more than {LARGEST} values once its aliases are written out')
     return loader.construct_document(node)
@@ -121,10 +135,14 @@ def read_params(
     Whether the values are right is for `parse` to say, and of a whole file for `glcm.params.check_params`."""
     path = Path(path) if path else root()/'params.yaml'
     text = _text_of(path)
-    try: params = _load(text, path)
-    except InputError: raise
-    except yaml.YAMLError as e: raise InputError(f'{path} is not valid YAML: {_yaml_message(e)}') from None
-    except RecursionError: raise InputError(f'{path} is nested too deeply: parameters stand in sections') from None
+    try:
+        params = _load(text, path)
+    except InputError:
+        raise
+    except yaml.YAMLError as e:
+        raise InputError(f'{path} is not valid YAML: {_yaml_message(e)}') from None
+    except RecursionError:
+        raise InputError(f'{path} is nested too deeply: parameters stand in sections') from None
     except Exception as e: # from the library: numbers too long, dates that there are not, tags that do not fit
         raise InputError(f'{path} holds a value that cannot be read: {e}') from None
     if not isinstance(params, dict):
@@ -149,9 +167,12 @@ Side = Annotated[StrictInt, Field(ge=32, le=4096, multiple_of=2)] # of a picture
 def _hint(error: dict) -> str:
     "Why a value is a text, where it looks like a number."
     value = error['input']
-    if error['type'] not in ('int_type', 'float_type') or not isinstance(value, str): return ''
-    try: float(value)
-    except ValueError: return ''
+    if error['type'] not in ('int_type', 'float_type') or not isinstance(value, str):
+        return ''
+    try:
+        float(value)
+    except ValueError:
+        return ''
     return ' (YAML reads 1e-3 as text: write 0.001 or 1.0e-3)' if 'e' in value.lower() else ' (a number has no quotes)'
 
 # %% ../nbs/00_core.ipynb #012c
@@ -172,17 +193,22 @@ def _wish(error: dict) -> str:
     "What a value should be; empty where pydantic's own words have to do."
     bounds = {name: int(bound) if isinstance(bound, float) and bound.is_integer() else bound
               for name, bound in error.get('ctx', {}).items()}
-    if 'pattern' in bounds: bounds['pattern'] = PATTERNS.get(bounds['pattern'], f'of the form {bounds["pattern"]}')
+    if 'pattern' in bounds:
+        bounds['pattern'] = PATTERNS.get(bounds['pattern'], f'of the form {bounds["pattern"]}')
     return WISHES.get(error['type'], '').format(**bounds)
 
 # %% ../nbs/00_core.ipynb #013
 def _names_at(kind, place: tuple) -> list[str]:
     "The parameters that there are at a place in an annotated type."
     args = get_args(kind)
-    if get_origin(kind) is Annotated: return _names_at(args[0], place)
-    if get_origin(kind) in (Union, UnionType): return [name for arg in args for name in _names_at(arg, place)]
-    if get_origin(kind) in (dict, list): return _names_at(args[-1], place[1:]) if place else []
-    if not is_dataclass(kind) and not is_typeddict(kind): return []
+    if get_origin(kind) is Annotated:
+        return _names_at(args[0], place)
+    if get_origin(kind) in (Union, UnionType):
+        return [name for arg in args for name in _names_at(arg, place)]
+    if get_origin(kind) in (dict, list):
+        return _names_at(args[-1], place[1:]) if place else []
+    if not is_dataclass(kind) and not is_typeddict(kind):
+        return []
     kinds = get_type_hints(kind, include_extras=True)
     names = [field.name for field in fields(kind)] if is_dataclass(kind) else list(kinds)
     return _names_at(kinds.get(place[0]), place[1:]) if place else names
@@ -191,10 +217,13 @@ def _place(error: dict, values) -> tuple:
     "Where an error is in `values`: pydantic's own place, without the names that it gives to the members of a union."
     place = []
     for part in error['loc']:
-        if isinstance(values, dict) and part not in values and part != error['loc'][-1]: continue
+        if isinstance(values, dict) and part not in values and part != error['loc'][-1]:
+            continue
         place.append(part)
-        try: values = values[part]
-        except (KeyError, IndexError, TypeError): values = None
+        try:
+            values = values[part]
+        except (KeyError, IndexError, TypeError):
+            values = None
     return tuple(place)
 
 def _address(name: str, place: tuple) -> str:
@@ -213,15 +242,21 @@ def _sentence(error: dict, kind, values, name: str) -> str:
         names = list(dict.fromkeys(_names_at(kind, place[:-1])))
         close = get_close_matches(str(place[-1]), names, 1)
         return f'{above} has no parameter {place[-1]!r}' + (f': did you mean {close[0]!r}?' if close else f'; it takes: {", ".join(names)}')
-    if error['type'] == 'missing': return f'{above} lacks {place[-1]!r}: add it'
-    if error['type'] == 'union_tag_not_found': return f"{where} lacks {error['ctx']['discriminator']}: add it"
-    if error['type'] == 'invalid_key': return f'{above} has the key {value}, which should be a text'
+    if error['type'] == 'missing':
+        return f'{above} lacks {place[-1]!r}: add it'
+    if error['type'] == 'union_tag_not_found':
+        return f"{where} lacks {error['ctx']['discriminator']}: add it"
+    if error['type'] == 'invalid_key':
+        return f'{above} has the key {value}, which should be a text'
     if error['type'] == 'value_error':
         message = str(error['ctx']['error'])
         return message if not where or where in message else f'{where}: {message}'
-    if error['type'] == 'union_tag_invalid': where, value = f"{where}.{error['ctx']['discriminator'][1:-1]}", repr(error['ctx']['tag'])
-    if place and place[-1] == '[key]': where = f'a name in {_address(name, place[:-2])}'
-    if not (wish := _wish(error)): return f'{where or "the file"}: {error["msg"]}'
+    if error['type'] == 'union_tag_invalid':
+        where, value = f"{where}.{error['ctx']['discriminator'][1:-1]}", repr(error['ctx']['tag'])
+    if place and place[-1] == '[key]':
+        where = f'a name in {_address(name, place[:-2])}'
+    if not (wish := _wish(error)):
+        return f'{where or "the file"}: {error["msg"]}'
     return f'{where or "the file"} should be {wish}, not {value}{_hint(error)}'
 
 # %% ../nbs/00_core.ipynb #013c
@@ -238,8 +273,10 @@ def configuration(
     @wraps(construct)
     def checked(self, *args, **values):
         values = dict(zip([field.name for field in fields(cls)], args)) | values
-        try: construct(self, **values)
-        except ValidationError as e: raise InputError('\n'.join(_sentences(e, cls, values, cls.__name__))) from None
+        try:
+            construct(self, **values)
+        except ValidationError as e:
+            raise InputError('\n'.join(_sentences(e, cls, values, cls.__name__))) from None
 
     cls.__init__ = checked
     return cls
@@ -258,8 +295,10 @@ def mistakes(
     name: str, # of the section, for messages; '': the whole file
 ) -> list[str]: # a sentence each; empty where all is well
     "All that is wrong with some values."
-    try: _adapter(kind).validate_python(values)
-    except ValidationError as e: return _sentences(e, kind, values, name)
+    try:
+        _adapter(kind).validate_python(values)
+    except ValidationError as e:
+        return _sentences(e, kind, values, name)
     return []
 
 def parse(
@@ -268,8 +307,10 @@ def parse(
     name: str, # the section's name, for error messages
 ):
     "An instance of `cls` from one section of params.yaml; raises `InputError` with all that is wrong in it."
-    try: return _adapter(cls).validate_python(section)
-    except ValidationError as e: raise InputError('\n'.join(_sentences(e, cls, section, name))) from None
+    try:
+        return _adapter(cls).validate_python(section)
+    except ValidationError as e:
+        raise InputError('\n'.join(_sentences(e, cls, section, name))) from None
 
 # %% ../nbs/00_core.ipynb #018
 def section_of(
@@ -277,8 +318,10 @@ def section_of(
     name: str, # of the section
 ) -> dict: # its values
     "A section of parameters, whatever it holds; raises `InputError` where there is none."
-    if name not in params: raise InputError(f'there is no section {name!r} in params.yaml')
-    if not isinstance(params[name], dict): raise InputError(f'{name} should be {SECTION}, not {shown(params[name])}')
+    if name not in params:
+        raise InputError(f'there is no section {name!r} in params.yaml')
+    if not isinstance(params[name], dict):
+        raise InputError(f'{name} should be {SECTION}, not {shown(params[name])}')
     return params[name]
 
 def override(
@@ -293,7 +336,8 @@ def override(
             raise InputError(f'{name} changes {section!r}, which is no section here; sections: {", ".join(params)}')
         there = section_of(params, section)
         for key in values or {}:
-            if key not in there: raise InputError(f'{name} changes {section}.{key}; {section} has only: {", ".join(there)}')
+            if key not in there:
+                raise InputError(f'{name} changes {section}.{key}; {section} has only: {", ".join(there)}')
         result[section] = there | (values or {})
     return result
 
@@ -322,7 +366,8 @@ def atomic_path(
     scratch = Path(tempfile.mkdtemp(prefix=f'.{path.name}.', suffix='.partial', dir=path.parent))
     try:
         yield scratch/path.name
-        if path.is_dir(): shutil.rmtree(path)
+        if path.is_dir():
+            shutil.rmtree(path)
         os.replace(scratch/path.name, path)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -335,15 +380,19 @@ def inside(
     "`folder/name`, or an `InputError` if `name`, as it is written, leads out of `folder`; symbolic links are followed."
     path, name = Path(folder), os.fspath(name)
     written = name
-    try: possible = b'\0' not in os.fsencode(name)
-    except UnicodeEncodeError: possible = False
-    if not possible: raise InputError(f'{name!r} is no name of a file')
+    try:
+        possible = b'\0' not in os.fsencode(name)
+    except UnicodeEncodeError:
+        possible = False
+    if not possible:
+        raise InputError(f'{name!r} is no name of a file')
     if os.path.isabs(name): # may be written with the folder's own links, or without
         homes = [os.path.abspath(path), os.path.realpath(path)]
         home = next((h for h in homes if Path(os.path.normpath(name)).is_relative_to(h)), homes[0])
         name = os.path.relpath(name, home)
     name = os.path.normpath(name)
-    if name.split(os.sep)[0] == os.pardir: raise InputError(f'{written!r} points outside of {folder}')
+    if name.split(os.sep)[0] == os.pardir:
+        raise InputError(f'{written!r} points outside of {folder}')
     return path/name
 
 # %% ../nbs/00_core.ipynb #027

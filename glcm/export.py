@@ -64,8 +64,10 @@ def export(
 ):
     "Write a bundle of weights, configuration and model card; raises `InputError` where there is no checkpoint, or where something would be overwritten."
     checkpoint, folder = Path(checkpoint), Path(folder)
-    if folder.exists(): raise InputError(f'{folder} exists: choose another name, or remove it')
-    if checkpoint.is_dir(): checkpoint = checkpoint/'checkpoint.pt'
+    if folder.exists():
+        raise InputError(f'{folder} exists: choose another name, or remove it')
+    if checkpoint.is_dir():
+        checkpoint = checkpoint/'checkpoint.pt'
     state = read_checkpoint(checkpoint)
     model, config = model_from(state, checkpoint)
     metrics = {}
@@ -86,15 +88,21 @@ def load(
 ) -> tuple[GLCM, RunConfig]: # the model, ready for evaluation, and how it was trained
     "A pretrained model; no code in the file is run. Raises `InputError` for anything that is no model of this package."
     path = Path(path)
-    if path.is_dir(): path = next((path/name for name in ('model.safetensors', 'checkpoint.pt') if (path/name).exists()), path/'model.safetensors')
-    if path.suffix != '.safetensors': return load_model(path)
-    if not path.exists(): raise InputError(f'no model {path}')
+    if path.is_dir():
+        path = next((path/name for name in ('model.safetensors', 'checkpoint.pt') if (path/name).exists()), path/'model.safetensors')
+    if path.suffix != '.safetensors':
+        return load_model(path)
+    if not path.exists():
+        raise InputError(f'no model {path}')
     try:
         with safe_open(path, 'pt') as file:
             about, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
-    except (SafetensorError, OSError) as e: raise InputError(f'{path} is not a readable safetensors file ({e})') from None
-    try: config = json.loads(about['glcm'])
-    except (KeyError, ValueError): raise InputError(f'{path} is not a model of glcm: its header has no configuration') from None
+    except (SafetensorError, OSError) as e:
+        raise InputError(f'{path} is not a readable safetensors file ({e})') from None
+    try:
+        config = json.loads(about['glcm'])
+    except (KeyError, ValueError):
+        raise InputError(f'{path} is not a model of glcm: its header has no configuration') from None
     return model_from(dict(config=config, model=weights), path)
 
 # %% ../nbs/61_export.ipynb #015
@@ -105,8 +113,11 @@ def main(arguments: list[str] | None = None):
     parser.add_argument('folder', help='the bundle to make')
     parser.add_argument('--results', default='results/default/metrics.csv', help='file with a row for this variant and seed (%(default)s)')
     given = parser.parse_args(arguments)
-    try: export(given.checkpoint, given.folder, given.results)
-    except InputError as e: sys.exit(str(e))
+    try:
+        export(given.checkpoint, given.folder, given.results)
+    except InputError as e:
+        sys.exit(str(e))
 
 # %% ../nbs/61_export.ipynb #016
-if __name__ == '__main__' and __package__: main() # `python -m glcm.export`; a notebook is in no package
+if __name__ == '__main__' and __package__:
+    main() # `python -m glcm.export`; a notebook is in no package

@@ -47,7 +47,8 @@ class GridConfig:
     def __post_init__(self):
         for name in ('datasets', 'variants', 'seeds'):
             values = getattr(self, name)
-            if twice := [value for value in values if values.count(value) > 1]: raise InputError(f'{name} holds {twice[0]!r} twice')
+            if twice := [value for value in values if values.count(value) > 1]:
+                raise InputError(f'{name} holds {twice[0]!r} twice')
 
 # %% ../nbs/60_params.ipynb #006
 @configuration
@@ -104,7 +105,8 @@ class Params:
 def _unknown(names, known, where: str, section: str) -> Iterator[str]:
     "A sentence for each name that a section does not have."
     for name in names:
-        if name in known: continue
+        if name in known:
+            continue
         close = get_close_matches(name, list(known), 1)
         yield f'{where} names {name!r}, which `{section}` has not' + (f': did you mean {close[0]!r}?' if close else f'; it has: {", ".join(known)}')
 
@@ -118,7 +120,8 @@ def _names(params: dict) -> Iterator[str]:
     yield from _unknown(grid['tasks'], params['finetune'], 'grid.tasks', 'finetune')
     yield from _unknown(grid['tasks'], grid['datasets'], 'grid.tasks', 'grid.datasets')
     for part in ('tasks', 'compared'):
-        for name, settings in grid[part].items(): yield from _unknown(settings, params['settings'], f'grid.{part}.{name}', 'settings')
+        for name, settings in grid[part].items():
+            yield from _unknown(settings, params['settings'], f'grid.{part}.{name}', 'settings')
 
 # %% ../nbs/60_params.ipynb #012
 def _readers(params: dict) -> Iterator[str]:
@@ -126,27 +129,37 @@ def _readers(params: dict) -> Iterator[str]:
     for name, values in params['datasets'].items():
         if values.get('reader') is None and name not in READERS:
             yield f'datasets.{name}.reader should say which layout its folder has, since none is called like it: {", ".join(READERS)}'
-        elif values.get('reader') is not None: yield from _unknown([values['reader']], READERS, f'datasets.{name}.reader', 'the list of layouts')
+        elif values.get('reader') is not None:
+            yield from _unknown([values['reader']], READERS, f'datasets.{name}.reader', 'the list of layouts')
 
 def _runs(params: dict) -> Iterator[str]:
     "Variants that are no whole once their changes are laid over the sections; what several have in common is told once."
     found = defaultdict(list) # mistake -> variants
     for variant in params['grid']['variants']:
-        if variant not in params['variants']: continue
-        try: names = run_config(params, variant, 0).pretrain.datasets
-        except InputError as e: found[str(e)].append(variant)
+        if variant not in params['variants']:
+            continue
+        try:
+            names = run_config(params, variant, 0).pretrain.datasets
+        except InputError as e:
+            found[str(e)].append(variant)
         else:
-            for mistake in _unknown(names, params['grid']['datasets'], 'pretrain.datasets', 'grid.datasets'): found[mistake].append(variant)
-    for mistake, variants in found.items(): yield f'{mistake} (variant {", ".join(variants)})'
+            for mistake in _unknown(names, params['grid']['datasets'], 'pretrain.datasets', 'grid.datasets'):
+                found[mistake].append(variant)
+    for mistake, variants in found.items():
+        yield f'{mistake} (variant {", ".join(variants)})'
 
 def _tasks(params: dict) -> Iterator[str]:
     "Tasks that do not fit their dataset or setting."
     for task, settings in params['grid']['tasks'].items():
-        if task not in params['finetune'] or task not in params['datasets']: continue
+        if task not in params['finetune'] or task not in params['datasets']:
+            continue
         for setting in settings:
-            if setting not in params['settings']: continue
-            try: task_config(params, task, setting)
-            except InputError as e: yield str(e)
+            if setting not in params['settings']:
+                continue
+            try:
+                task_config(params, task, setting)
+            except InputError as e:
+                yield str(e)
 
 # %% ../nbs/60_params.ipynb #014
 BETWEEN = {
@@ -161,7 +174,8 @@ def _mistakes(sections: dict) -> list[str]:
     wrong = {name for name in kinds if name not in sections or mistakes(kinds[name], sections[name], name)}
     found = mistakes(Params, sections, '')
     for check, names in BETWEEN.items():
-        if not wrong & set(names): found += check(sections)
+        if not wrong & set(names):
+            found += check(sections)
     return list(dict.fromkeys(found))
 
 def check_params(
@@ -170,8 +184,10 @@ def check_params(
 ) -> Params: # the same, typed
     "The parameters of a run; raises `InputError` with all that is wrong with them, a line each."
     found = _mistakes(sections)
-    if len(found) == 1: raise InputError(f'{path}: {found[0]}')
-    if found: raise InputError('\n  '.join([f'{path} has {len(found)} mistakes:', *found]))
+    if len(found) == 1:
+        raise InputError(f'{path}: {found[0]}')
+    if found:
+        raise InputError('\n  '.join([f'{path} has {len(found)} mistakes:', *found]))
     return parse(Params, sections, '')
 
 # %% ../nbs/60_params.ipynb #020
@@ -194,7 +210,8 @@ def schema() -> dict:
         known = meanings.get(name.removesuffix('Config').removesuffix('Section').removesuffix('Changes'), {})
         for parameter, values in part['properties'].items():
             values.pop('title', None)
-            if known.get(parameter): values['description'] = known[parameter]
+            if known.get(parameter):
+                values['description'] = known[parameter]
     return whole
 
 # %% ../nbs/60_params.ipynb #023
@@ -207,11 +224,15 @@ def main(arguments: list[str] | None = None):
     given = parser.parse_args(arguments)
     try:
         path = Path(given.params) if given.params else root()/'params.yaml'
-        if given.action == 'check': check_params(read_params(path), path.name)
-    except InputError as e: sys.exit(str(e))
+        if given.action == 'check':
+            check_params(read_params(path), path.name)
+    except InputError as e:
+        sys.exit(str(e))
     text = json.dumps(schema(), indent=1) if given.action == 'schema' else 'The parameters are as they should be.'
-    if not given.out: return print(text) if given.action == 'schema' else None
-    with atomic_path(given.out) as out: out.write_text(f'{text}\n')
+    if not given.out:
+        return print(text) if given.action == 'schema' else None
+    with atomic_path(given.out) as out:
+        out.write_text(f'{text}\n')
 
 # %% ../nbs/60_params.ipynb #025
 if __name__ == '__main__' and __package__: # `python -m glcm.params`; a notebook is in no package

@@ -35,8 +35,10 @@ def _is_at(
     path: Path, # where it was opened
 ) -> bool:
     "Whether the file still has this name."
-    try: return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError: return False
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
 
 def _lock(
     path: Path, # the lock file
@@ -44,13 +46,15 @@ def _lock(
     "Lock a file that nobody else has locked or removed."
     while True:
         file = open(path, 'a+')
-        try: fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as e:
             if e.errno not in NO_LOCKS:
                 file.close()
                 return None
             warnings.warn(f'the file system of {path.parent} has no locks: no other run should write there')
-        if _is_at(file, path): return file
+        if _is_at(file, path):
+            return file
         file.close() # of a run that has just ended, and removed it
 
 # %% ../nbs/06_processes.ipynb #006
@@ -58,8 +62,10 @@ def _holder(
     path: Path, # a lock file that another run holds
 ) -> str:
     "Which process that is."
-    try: about = json.loads(path.read_text())
-    except (OSError, ValueError): return 'another process'
+    try:
+        about = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return 'another process'
     return f"process {about['pid']} on {about['host']}, since {about['since']}"
 
 def _sign(file):
@@ -78,7 +84,8 @@ def _locked(
     path, deadline = output.with_name(f'.{output.name}.lock'), time.monotonic() + PATIENCE
     path.parent.mkdir(parents=True, exist_ok=True)
     with _changing:
-        if path in _held: raise InputError(f'another run of this process (pid {os.getpid()}) is writing to {output}: wait for it')
+        if path in _held:
+            raise InputError(f'another run of this process (pid {os.getpid()}) is writing to {output}: wait for it')
         while not (file := _lock(path)):
             if time.monotonic() > deadline:
                 raise InputError(f'a run is going on in {output} ({_holder(path)}): wait for it or end it, then start this one again')
@@ -101,7 +108,8 @@ def remove_partials(
     "Remove what killed runs left half written of this output, and inside of it."
     beside = (path for path in output.parent.glob('.*.partial') if path.name.startswith(f'.{output.name}.'))
     for path in chain(beside, output.rglob('.*.partial')):
-        if PARTIAL.fullmatch(path.name) and path.is_dir(): shutil.rmtree(path, ignore_errors=True)
+        if PARTIAL.fullmatch(path.name) and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 # %% ../nbs/06_processes.ipynb #011
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -112,12 +120,15 @@ def disk_errors(
     output: str | Path, # what is being written
 ):
     "Raise `InputError` with the remedy where the disk is full, or where writing is not allowed."
-    try: yield
+    try:
+        yield
     except OSError as e:
         place = f'{output} ({e.filename})' if e.filename else output
         again = 'then start this again: what was finished is kept'
-        if e.errno in FULL: raise InputError(f'{place} cannot be written: {e.strerror}. Make room on that disk, {again}') from None
-        if e.errno in FORBIDDEN: raise InputError(f'{place} cannot be written: {e.strerror}. Change its permissions, {again}') from None
+        if e.errno in FULL:
+            raise InputError(f'{place} cannot be written: {e.strerror}. Make room on that disk, {again}') from None
+        if e.errno in FORBIDDEN:
+            raise InputError(f'{place} cannot be written: {e.strerror}. Change its permissions, {again}') from None
         raise
 
 # %% ../nbs/06_processes.ipynb #013
@@ -128,8 +139,10 @@ def only_run(
     "Keep other runs away from these outputs while the block lasts; raises `InputError` where one is going on, or the disk does not let us write."
     paths = [Path(os.path.abspath(output)) for output in outputs]
     with disk_errors(paths[0]), ExitStack() as stack:
-        for path in paths: stack.enter_context(_locked(path))
-        for path in paths: remove_partials(path)
+        for path in paths:
+            stack.enter_context(_locked(path))
+        for path in paths:
+            remove_partials(path)
         yield
 
 # %% ../nbs/06_processes.ipynb #019
@@ -141,6 +154,7 @@ def end_with_parent(
     "End this process, without a word, soon after the one that started it has ended."
     parent = parent or os.getppid()
     def look():
-        while os.getppid() == parent: time.sleep(LOOKING)
+        while os.getppid() == parent:
+            time.sleep(LOOKING)
         os._exit(1)
     threading.Thread(target=look, name='end with parent', daemon=True).start()

@@ -48,7 +48,8 @@ class StageKernel(AsyncKernelManager):
     ) -> list[str]:
         "The command that starts the kernel."
         command = super().format_kernel_cmd(extra_arguments)
-        if command[1:3] != ['-m', 'ipykernel_launcher']: return command # a kernel of another kind
+        if command[1:3] != ['-m', 'ipykernel_launcher']:
+            return command # a kernel of another kind
         program = (f'from glcm.processes import end_with_parent; end_with_parent({os.getpid()}); '
                    'from ipykernel.kernelapp import launch_new_instance; launch_new_instance()')
         return [command[0], '-c', program, *command[3:]]
@@ -63,11 +64,14 @@ def run_stage(
 
     Raises `StageDied` if its process dies, papermill's error if a cell fails, `InputError` if this stage is running already.
     """
-    for name, value in ENVIRONMENT.items(): os.environ.setdefault(name, value)
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     how = dict(cwd='.', log_output=True, progress_bar=False, kernel_manager_class=StageKernel)
     try:
-        with only_run(output): papermill.execute_notebook(notebook, output, parameters, **how)
-    except DeadKernelError: raise StageDied(_last_words(Path(notebook))) from None
+        with only_run(output):
+            papermill.execute_notebook(notebook, output, parameters, **how)
+    except DeadKernelError:
+        raise StageDied(_last_words(Path(notebook))) from None
 
 # %% ../nbs/62_stage.ipynb #011a
 def names_of(
@@ -78,8 +82,10 @@ def names_of(
     study, localized = params.get('study'), section_of(params, 'localize').get('dataset')
     wrong = mistakes(FolderName, study, 'study') + mistakes(Name, localized, 'localize.dataset')
     for option in ('dataset', 'variant', 'task'):
-        if option in given: wrong += mistakes(Name, given[option], option)
-    if wrong: raise InputError('\n'.join(wrong))
+        if option in given:
+            wrong += mistakes(Name, given[option], option)
+    if wrong:
+        raise InputError('\n'.join(wrong))
     return given | dict(study=study, localize=localized)
 
 # %% ../nbs/62_stage.ipynb #012
@@ -89,19 +95,24 @@ def main(arguments: list[str] | None = None):
     parser.add_argument('notebook', help='a notebook of nbs/stages')
     parser.add_argument('output', help='where the executed notebook goes; {variant} and the like stand for names')
     parser.add_argument('-p', nargs=2, action='append', default=[], metavar=('NAME', 'VALUE'), help='a parameter of the notebook')
-    for name in ('dataset', 'variant', 'task'): parser.add_argument(f'--{name}', help=f'{name} of the stage, a parameter of the notebook')
+    for name in ('dataset', 'variant', 'task'):
+        parser.add_argument(f'--{name}', help=f'{name} of the stage, a parameter of the notebook')
     parser.add_argument('--seed', type=int, help='seed of the stage, a parameter of the notebook')
     given = parser.parse_args(arguments)
     logging.basicConfig(level='INFO', format='%(message)s') # what the notebook prints, while it runs
     item = {name: value for name, value in vars(given).items() if name in ('dataset', 'variant', 'task', 'seed') and value is not None}
-    if 'DVC_STAGE' in os.environ: end_with_parent() # nobody else would record what comes out
+    if 'DVC_STAGE' in os.environ:
+        end_with_parent() # nobody else would record what comes out
     try:
         names = names_of(item, read_params())
         output = given.output.format(**names)
         parameters = {name: int(value) if value.isdecimal() else value.format(**names) for name, value in given.p}
         run_stage(given.notebook, output, item | parameters)
-    except (InputError, StageDied) as e: sys.exit(str(e))
-    except PapermillExecutionError as e: sys.exit(f'{e}\nThe notebook as far as it came: {output}')
+    except (InputError, StageDied) as e:
+        sys.exit(str(e))
+    except PapermillExecutionError as e:
+        sys.exit(f'{e}\nThe notebook as far as it came: {output}')
 
 # %% ../nbs/62_stage.ipynb #014
-if __name__ == '__main__' and __package__: main() # `python -m glcm.stage`; a notebook is in no package
+if __name__ == '__main__' and __package__:
+    main() # `python -m glcm.stage`; a notebook is in no package

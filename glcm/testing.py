@@ -56,7 +56,8 @@ def tiny_run(
     model, config = load_model(artifacts/'pretrain'/'glcm-0'/'checkpoint.pt')
     store = ClipStore(artifacts/'clips'/'vggss')
     localized, finetuned = artifacts/'localize'/'glcm-0', artifacts/'finetune'/'glcm-esc50-0'
-    for folder in (localized, finetuned): folder.mkdir(parents=True)
+    for folder in (localized, finetuned):
+        folder.mkdir(parents=True)
     localize(model, config, store).to_csv(localized/'scores.csv', index=False)
     measure_synchronisation(model, config, store).to_csv(localized/'synchronisation.csv', index=False)
     params['finetune']['esc50'] = params['finetune']['esc50'] | dict(epochs=1)

@@ -51,11 +51,14 @@ def with_sound(film: Path, other: Path, out: Path):
         end = max(float((p.pts or p.dts)*p.time_base) for p in packets)
         resampler = av.AudioResampler(format='s16', layout='mono', rate=44100)
         for frame in speaker.decode(audio=0):
-            if frame.time > end: break
-            for piece in resampler.resample(frame): packets += sound.encode(piece)
+            if frame.time > end:
+                break
+            for piece in resampler.resample(frame):
+                packets += sound.encode(piece)
         packets += sound.encode(None)
         for packet in sorted(packets, key=lambda p: float((p.dts if p.dts is not None else p.pts)*p.time_base)):
-            if packet.stream is not sound: packet.stream = picture
+            if packet.stream is not sound:
+                packet.stream = picture
             container.mux(packet)
 
 
@@ -65,7 +68,8 @@ def real_files(shared: Path, folder: Path) -> list: # paths
     kinetics = [formats/name for name in ('R6llTwEh07w.mp4', 'SOX5yA1l24A.mp4', 'WUzgd7C1pWA.mp4')]
     silent = sorted(formats.glob('*.avi'))
     avis = [folder/path.name for path in silent]
-    for k, (film, out) in enumerate(zip(silent, avis)): with_sound(film, kinetics[k % 3], out)
+    for k, (film, out) in enumerate(zip(silent, avis)):
+        with_sound(film, kinetics[k % 3], out)
     return kinetics + sorted((grid/'video').glob('*.mp4'))[::100] + avis + sorted((esc10/'audio').glob('*.ogg'))[::80]
 
 
@@ -77,17 +81,22 @@ def boxes(data: bytes, start: int = 0, end: int | None = None): # (kind, offset,
     while at + 8 <= end:
         size, kind = (struct.unpack_from('<I', data, at + 4)[0] + 8, data[at:at + 4]) if riff else \
                      (struct.unpack_from('>I', data, at)[0], data[at + 4:at + 8])
-        if size < 8: return
-        if riff and data[at + 8:at + 12] == b'movi': kind = b'movi'
+        if size < 8:
+            return
+        if riff and data[at + 8:at + 12] == b'movi':
+            kind = b'movi'
         yield kind, at, min(size, end - at)
-        if kind in (b'RIFF', b'LIST'): yield from boxes(data, at + 12, min(at + size, end))
-        elif kind in (b'moov', b'trak', b'mdia', b'minf', b'stbl', b'edts', b'dinf'): yield from boxes(data, at + 8, min(at + size, end))
+        if kind in (b'RIFF', b'LIST'):
+            yield from boxes(data, at + 12, min(at + size, end))
+        elif kind in (b'moov', b'trak', b'mdia', b'minf', b'stbl', b'edts', b'dinf'):
+            yield from boxes(data, at + 8, min(at + size, end))
         at += size + (size & 1 if riff else 0)
 
 
 def payload(data: bytes) -> tuple: # first byte, byte after the last
     "Where the compressed pictures and sounds are."
-    if data[:4] == b'OggS': return data.index(b'OggS', data.index(b'OggS', 4) + 4), len(data)
+    if data[:4] == b'OggS':
+        return data.index(b'OggS', data.index(b'OggS', 4) + 4), len(data)
     spans = [(at + 8, at + size) for kind, at, size in boxes(data) if kind in (b'mdat', b'movi')]
     return max(spans, key=lambda span: span[1] - span[0])
 
@@ -109,12 +118,14 @@ def _sounds(path: Path):
     "Offset and size of every packet of sound."
     with av.open(str(path)) as container:
         for packet in container.demux(audio=0):
-            if packet.size and packet.pos is not None and packet.pos >= 0: yield packet.pos, packet.size
+            if packet.size and packet.pos is not None and packet.pos >= 0:
+                yield packet.pos, packet.size
 
 
 def _flipped(data, rng, start, end, count):
     damaged = bytearray(data)
-    for at in rng.integers(start, end, count): damaged[at] ^= 1 << rng.integers(8)
+    for at in rng.integers(start, end, count):
+        damaged[at] ^= 1 << rng.integers(8)
     return bytes(damaged)
 
 
@@ -163,7 +174,8 @@ def kinds_exchanged(files, k, rng):
     data = files.data[k]
     for a, b in ((b'vide', b'soun'), (b'vids', b'auds'), (b'vmhd', b'smhd')):
         data = data.replace(a, b'\0\1\2\3').replace(b, a).replace(b'\0\1\2\3', b)
-    if rng.random() < 0.5: data = data.replace(b'avc1', b'\0\1\2\3').replace(b'mp4a', b'avc1').replace(b'\0\1\2\3', b'mp4a')
+    if rng.random() < 0.5:
+        data = data.replace(b'avc1', b'\0\1\2\3').replace(b'mp4a', b'avc1').replace(b'\0\1\2\3', b'mp4a')
     return data
 
 def something_appended(files, k, rng):
@@ -189,11 +201,15 @@ def absurd_header(files, k, rng):
 def wrong_content(files, k, rng):
     noise, out = rng.integers(0, 255, (64, 96, 3), np.uint8), io.BytesIO()
     kind = rng.choice(['png', 'txt', 'zip', 'noise', 'gif'] + ([] if files.data[k][:4] == b'OggS' else ['wav']))
-    if kind in ('png', 'gif'): Image.fromarray(noise).save(out, kind)
-    elif kind == 'txt': out.write(b'not a video\n'*int(rng.integers(1, 1000)))
-    elif kind == 'noise': out.write(noise.tobytes())
+    if kind in ('png', 'gif'):
+        Image.fromarray(noise).save(out, kind)
+    elif kind == 'txt':
+        out.write(b'not a video\n'*int(rng.integers(1, 1000)))
+    elif kind == 'noise':
+        out.write(noise.tobytes())
     elif kind == 'zip':
-        with zipfile.ZipFile(out, 'w') as archive: archive.writestr('film.mp4', files.data[k])
+        with zipfile.ZipFile(out, 'w') as archive:
+            archive.writestr('film.mp4', files.data[k])
     else:
         with wave.open(out, 'wb') as sound:
             sound.setparams((1, 2, 24000, 0, 'NONE', ''))
@@ -244,7 +260,8 @@ class Content:
     @classmethod
     def unpack(cls, members: dict, entries: dict):
         levels = np.concatenate([np.frombuffer(chunk, np.uint8).reshape(read_params()['audio']['bands'], -1) for chunk in members['mel.raw']], 1)
-        if 'i420' not in members: return cls(None, levels)
+        if 'i420' not in members:
+            return cls(None, levels)
         planes = np.stack([np.frombuffer(chunk, np.uint8) for chunk in members['i420']])
         return cls(planes[:, :entries['height']*entries['width']].reshape(-1, entries['height'], entries['width']), levels)
 
@@ -264,8 +281,10 @@ def harm(original: Content, damaged: Content) -> tuple: # steps lost, luma, mel
     ours = original.levels[:, SHIFT:SHIFT + columns].astype(int)
     mel = min(float(np.median(np.abs(ours - damaged.levels[:, at:at + columns]))) for at in range(2*SHIFT + 1))/LEVELS
     lost = abs(original.levels.shape[1] - damaged.levels.shape[1])//12
-    if original.luma is None: return lost, 0.0, mel
-    if original.luma.shape[1:] != damaged.luma.shape[1:]: return lost, 255.0, mel
+    if original.luma is None:
+        return lost, 0.0, mel
+    if original.luma.shape[1:] != damaged.luma.shape[1:]:
+        return lost, 255.0, mel
     frames = min(len(original.luma), len(damaged.luma))
     luma = np.stack([np.abs(np.roll(original.luma, s, 0)[:frames].astype(int) - damaged.luma[:frames]).mean((1, 2)) for s in (-1, 0, 1)])
     return lost, float(luma.min(0).max()), mel
@@ -274,9 +293,11 @@ def harm(original: Content, damaged: Content) -> tuple: # steps lost, luma, mel
 def judge(original: Content, damaged: Content, others: list) -> str:
     "What an accepted file is: unchanged, with small harm, with pictures or sound of another file, or with large harm."
     same = lambda a, b: a is None and b is None or a.shape == b.shape and (a == b).all()
-    if same(original.luma, damaged.luma) and same(original.levels, damaged.levels): return 'unchanged'
+    if same(original.luma, damaged.luma) and same(original.levels, damaged.levels):
+        return 'unchanged'
     lost, luma, mel = harm(original, damaged)
-    if luma < SMALL_LUMA and mel < SMALL_MEL and lost <= 0.05*original.levels.shape[1]/12 + 5: return 'small harm'
+    if luma < SMALL_LUMA and mel < SMALL_MEL and lost <= 0.05*original.levels.shape[1]/12 + 5:
+        return 'small harm'
     harms = [harm(other, damaged) for other in others if (other.luma is None) == (damaged.luma is None)]
     known = any(luma < 1 for _, luma, _ in harms) and any(mel < 0.1 for _, _, mel in harms)
     return 'of another file' if known and (luma >= 1 or mel >= 0.1) else 'large harm'
@@ -292,6 +313,7 @@ def fuzz(paths: list, folder: Path, count: int, seed: int = 0, seconds: float = 
             content = Content.unpack(*decoder.encode(mutant.path, settings_of(mutant.source), None, None, seconds))
             outcome = judge(original, content, list(originals.values()))
             lost, luma, mel = harm(original, content)
-        except Rejection as e: outcome, detail, lost, luma, mel = e.reason, e.detail, None, None, None
+        except Rejection as e:
+            outcome, detail, lost, luma, mel = e.reason, e.detail, None, None, None
         yield dict(number=mutant.number, kind=mutant.kind, source=mutant.source.name, format=mutant.source.suffix[1:], outcome=outcome,
                    detail=detail, steps_lost=lost, luma=luma, mel=mel, seconds=time.monotonic() - started)

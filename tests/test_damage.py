@@ -22,8 +22,10 @@ def wav(whole=None, data=None, tail=b''):
         out.setparams((1, 2, RATE, 0, 'NONE', ''))
         out.writeframes((32767*BEEP).astype('<i2').tobytes())
     content = bytearray(file.getvalue() + tail)
-    if whole is not None: content[4:8] = struct.pack('<I', whole)
-    if data is not None: content[40:44] = struct.pack('<I', data)
+    if whole is not None:
+        content[4:8] = struct.pack('<I', whole)
+    if data is not None:
+        content[40:44] = struct.pack('<I', data)
     return bytes(content)
 
 
@@ -70,14 +72,16 @@ def test_large_formats_are_read_whole_and_refused_cut(tmp_path, kind):
     at, seconds = beep(path)
     assert abs(at - 1) < 0.01 and abs(seconds - SECONDS) < 0.01
     path.write_bytes(big(kind)[:LENGTH//2])
-    with pytest.raises(Rejection, match='cut off'): beep(path)
+    with pytest.raises(Rejection, match='cut off'):
+        beep(path)
 
 
 @pytest.mark.parametrize('kind', ['whole counts its own head', 'whole too long', 'no pad byte', 'data counts the head'])
 @pytest.mark.parametrize('share', [0.1, 0.5, 0.9, 0.99])
 def test_wav_that_was_cut_is_refused(tmp_path, kind, share):
     (tmp_path/'a.wav').write_bytes(ODD_LENGTHS[kind][:int(share*LENGTH)])
-    with pytest.raises(Rejection, match='cut off'): beep(tmp_path/'a.wav')
+    with pytest.raises(Rejection, match='cut off'):
+        beep(tmp_path/'a.wav')
 
 
 def encoded(path, codec, container=None, tags=None):
@@ -103,7 +107,8 @@ def crc(page):
     value = 0
     for byte in page:
         value ^= byte << 24
-        for _ in range(8): value = (value << 1 ^ 0x04C11DB7 if value & 0x80000000 else value << 1) & 0xFFFFFFFF
+        for _ in range(8):
+            value = (value << 1 ^ 0x04C11DB7 if value & 0x80000000 else value << 1) & 0xFFFFFFFF
     return struct.pack('<I', value)
 
 
@@ -118,8 +123,10 @@ def pages(content):
 
 def changed(page, flags=None, number=None):
     "An Ogg page with other flags or another number."
-    if flags is not None: page[5] = flags
-    if number is not None: page[18:22] = struct.pack('<I', number)
+    if flags is not None:
+        page[5] = flags
+    if number is not None:
+        page[18:22] = struct.pack('<I', number)
     page[22:26] = bytes(4)
     page[22:26] = crc(page)
     return bytes(page)
@@ -146,15 +153,19 @@ def test_ogg_of_a_radio_whose_numbers_jump_behind_the_headers_is_read(tmp_path, 
 def test_ogg_that_was_cut_is_refused(tmp_path, ogg):
     content = b''.join(ogg)
     for end in np.random.default_rng(0).integers(len(ogg[0]), len(content), 20):
-        if end in np.cumsum([len(page) for page in ogg]): continue # between two pages: as if switched off
+        if end in np.cumsum([len(page) for page in ogg]):
+            continue # between two pages: as if switched off
         (tmp_path/'a.ogg').write_bytes(content[:end])
-        with pytest.raises(Rejection): beep(tmp_path/'a.ogg')
+        with pytest.raises(Rejection):
+            beep(tmp_path/'a.ogg')
 
 
 def test_ogg_without_a_page_in_its_middle_is_refused(tmp_path, ogg):
-    if len(ogg) < 5: pytest.skip('too few pages')
+    if len(ogg) < 5:
+        pytest.skip('too few pages')
     (tmp_path/'a.ogg').write_bytes(b''.join(ogg[:-2] + ogg[-1:]))
-    with pytest.raises(Rejection, match='cut off'): beep(tmp_path/'a.ogg')
+    with pytest.raises(Rejection, match='cut off'):
+        beep(tmp_path/'a.ogg')
 
 
 def test_joined_mp3_is_read(tmp_path):
@@ -180,7 +191,8 @@ def avi(tmp_path):
         resampler = av.AudioResampler(format='s16', layout='mono', rate=RATE)
         pieces = [piece for frame in [*source.decode(audio=0), None] for piece in resampler.resample(frame)]
         packets += [packet for piece in pieces for packet in sound.encode(piece)]
-        for packet in sorted(packets, key=lambda packet: float(packet.dts*packet.time_base)): out.mux(packet)
+        for packet in sorted(packets, key=lambda packet: float(packet.dts*packet.time_base)):
+            out.mux(packet)
     return (tmp_path/'film.avi').read_bytes()
 
 
@@ -194,4 +206,5 @@ def test_avi_without_its_index_is_read_and_without_pictures_refused(tmp_path, av
         assert abs(np.flatnonzero(np.abs(film.waveform) > 0.1)[0]/RATE - 1) < 0.06
     for end in (movi + 1000, (movi + index)//2, index - 10):
         (tmp_path/'a.avi').write_bytes(avi[:end])
-        with pytest.raises(Rejection): read_recording(tmp_path/'a.avi', 10, 64, RATE)
+        with pytest.raises(Rejection):
+            read_recording(tmp_path/'a.avi', 10, 64, RATE)

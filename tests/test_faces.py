@@ -55,7 +55,8 @@ def test_a_mirrored_face_is_not_mirrored_back():
 
 @pytest.mark.parametrize('points', [np.full((2, 3, 2), 7.0), np.full((2, 3, 2), np.nan)], ids=['coincident', 'missing'])
 def test_points_that_fit_nothing_are_refused(points):
-    with pytest.raises(InputError, match='landmarks'): similarity(points, MEAN_FACE[EYES_AND_NOSE])
+    with pytest.raises(InputError, match='landmarks'):
+        similarity(points, MEAN_FACE[EYES_AND_NOSE])
 
 
 def test_gaps_are_bridged_and_ends_held():
@@ -74,7 +75,8 @@ def test_smoothing_leaves_still_points_and_takes_trembling_away(count, sigma):
     still = np.repeat(MEAN_FACE[None]*100, count, 0).astype(np.float32)
     np.testing.assert_allclose(smooth(still, sigma), still, rtol=1e-6)
     trembling = still + np.random.default_rng(0).normal(0, 1, still.shape)
-    if sigma and count == 30: assert np.std(smooth(trembling, sigma) - still) < 0.9
+    if sigma and count == 30:
+        assert np.std(smooth(trembling, sigma) - still) < 0.9
 
 
 def test_shrinking_averages_over_fine_patterns():
@@ -113,8 +115,10 @@ def test_crops_beyond_the_border_and_wrong_arguments():
     frames = np.full((2, 60, 60, 3), 90, np.uint8)
     points = np.stack([moved(MEAN_FACE, turned(0, 80, (-60, 30)))]*2)
     assert (align_crop(frames, points, 'lips', 32) == 90).all() and (align_crop(frames, points, 'face', 48) == 90).all()
-    with pytest.raises(InputError, match="'lips' or 'face'"): align_crop(frames, points, 'eyes', 32)
-    with pytest.raises(InputError, match='as many as frames'): align_crop(frames, points[:1], 'lips', 32)
+    with pytest.raises(InputError, match="'lips' or 'face'"):
+        align_crop(frames, points, 'eyes', 32)
+    with pytest.raises(InputError, match='as many as frames'):
+        align_crop(frames, points[:1], 'lips', 32)
 
 
 # A stand-in for the detector: a face stands where the frame is bright
@@ -152,7 +156,8 @@ def test_missing_frames_are_looked_for_and_interpolated(looked):
 
 def test_too_few_frames_with_a_face_are_rejected_with_their_number(looked):
     for dark, seen in ((range(30), 0), (range(16), 14), (range(4, 20), 14)):
-        with pytest.raises(Rejection, match=f'{seen} of 30 frames') as e: landmarks(film(30, dark))
+        with pytest.raises(Rejection, match=f'{seen} of 30 frames') as e:
+            landmarks(film(30, dark))
         assert e.value.reason == 'no face'
     assert landmarks(film(30, dark=range(15))).shape == (30, 68, 2)
     assert landmarks(film(30, dark=range(16)), min_seen=0.4).shape == (30, 68, 2)
@@ -178,7 +183,8 @@ def test_without_dlib_the_module_imports_and_names_the_remedy():
 def test_black_and_noisy_frames_have_no_face():
     noise = np.random.default_rng(0).integers(0, 256, (9, 120, 160, 3)).astype(np.uint8)
     for frames in (noise*0, noise):
-        with pytest.raises(Rejection, match='no face: 0 of 9'): face_track_crops(frames, 'lips', 112)
+        with pytest.raises(Rejection, match='no face: 0 of 9'):
+            face_track_crops(frames, 'lips', 112)
 
 
 @real
@@ -240,5 +246,7 @@ def test_the_largest_face_is_chosen_without_sound(clips):
 @real
 def test_threads_do_not_disturb_each_other(clips):
     alone = [landmarks(clip.frames) for clip in clips]
-    with ThreadPoolExecutor(4) as threads: together = list(threads.map(lambda clip: landmarks(clip.frames), clips*2))
-    for a, b in zip(alone*2, together): np.testing.assert_array_equal(a, b)
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(lambda clip: landmarks(clip.frames), clips*2))
+    for a, b in zip(alone*2, together):
+        np.testing.assert_array_equal(a, b)

@@ -55,7 +55,8 @@ def film(tmp_path):
 
 def test_unknown_codec_is_rejected(film):
     film.write_bytes(film.read_bytes().replace(b'avc1', b'zzzz'))
-    with pytest.raises(Rejection, match='video in an unknown codec'): read_recording(film, 10, 64, 24000)
+    with pytest.raises(Rejection, match='video in an unknown codec'):
+        read_recording(film, 10, 64, 24000)
 
 
 def test_a_rotation_that_is_none_leaves_the_picture(film):

@@ -75,9 +75,11 @@ def test_every_clip_can_be_used(world, tmp_path, reader):
 
 def test_existing_folder_is_refused_before_anything_is_written(tmp_path):
     (tmp_path/'flickr_soundnet').mkdir()
-    with pytest.raises(InputError, match='flickr_soundnet exists'): write_world(tmp_path, TINY, workers=0)
+    with pytest.raises(InputError, match='flickr_soundnet exists'):
+        write_world(tmp_path, TINY, workers=0)
     assert [path.name for path in tmp_path.iterdir()] == ['flickr_soundnet']
-    with pytest.raises(InputError, match='no dataset lrw2'): write_world(tmp_path, dict(lrw2={}), workers=0)
+    with pytest.raises(InputError, match='no dataset lrw2'):
+        write_world(tmp_path, dict(lrw2={}), workers=0)
 
 
 def test_failure_leaves_no_half_of_a_dataset(tmp_path, monkeypatch):
@@ -96,8 +98,10 @@ def test_lrw_layout(world):
         text = (world/'lrw'/clip).with_suffix('.txt').read_text()
         duration = re.search(r'^Duration: ([\d.]+) seconds$', text, re.M)[1]
         assert 0.1 < float(duration) < 1.16
-        for key in ('Disk reference', 'Channel', 'Program start', 'Clip start', 'Clip end'): assert f'{key}: ' in text
-        with av.open(str(world/'lrw'/clip)) as file: assert len(list(file.decode(video=0))) == 29
+        for key in ('Disk reference', 'Channel', 'Program start', 'Clip start', 'Clip end'):
+            assert f'{key}: ' in text
+        with av.open(str(world/'lrw'/clip)) as file:
+            assert len(list(file.decode(video=0))) == 29
 
 
 @pytest.fixture(scope='module')
@@ -137,7 +141,8 @@ def test_grid_names_spell_the_alignments(world, speaker):
     words = [word for _, _, word in rows]
     assert words[0] == words[-1] == 'sil'
     assert grid_name(words[1:-1]) == name
-    for word, choices in zip(words[1:-1], GRID_WORDS.values()): assert word in choices
+    for word, choices in zip(words[1:-1], GRID_WORDS.values()):
+        assert word in choices
     assert rows[0][0] == '0' and rows[-1][1] == '74500'
     for (start, end, _), (following, _, _) in zip(rows, rows[1:]):
         assert end == following and int(start) < int(end)
@@ -149,7 +154,8 @@ def test_dfdc_metadata(world):
     for part in parts:
         entries = json.loads((part/'metadata.json').read_text())
         assert set(entries) == files(part, 'mp4')
-        for name in entries: assert re.fullmatch(r'[a-z]{10}\.mp4', name)
+        for name in entries:
+            assert re.fullmatch(r'[a-z]{10}\.mp4', name)
         assert Counter(entry['label'] for entry in entries.values()) == dict(FAKE=1, REAL=1)
         fake, = [entry for entry in entries.values() if entry['label'] == 'FAKE']
         assert entries[fake['original']]['label'] == 'REAL'
@@ -158,7 +164,8 @@ def test_dfdc_metadata(world):
 def test_dfdc_lists(world):
     split_of = {}
     for split in ('train', 'validate', 'test'):
-        for line in lines(world/f'dfdc/{split}.txt'): split_of[line] = split
+        for line in lines(world/f'dfdc/{split}.txt'):
+            split_of[line] = split
     assert set(split_of) == files(world/'dfdc', 'mp4')
     pairs = {(name.split('/')[0], split) for name, split in split_of.items()}
     assert len(pairs) == 3, 'a part is in one split'
@@ -169,7 +176,8 @@ def ucf101_sides(world, split):
     lists = world/'ucf101/ucfTrainTestlist'
     train = [line.split() for line in lines(lists/f'trainlist0{split}.txt')]
     numbers = dict(line.split()[::-1] for line in lines(lists/'classInd.txt'))
-    for clip, number in train: assert numbers[clip.split('/')[0]] == number
+    for clip, number in train:
+        assert numbers[clip.split('/')[0]] == number
     test = lines(lists/f'testlist0{split}.txt')
     return [clip for clip, _ in train], test, [], lambda clip: re.search(r'_g\d\d_', clip)[0]
 
@@ -199,7 +207,8 @@ def test_action_splits_keep_groups_together(world, actions, sides):
 
 
 def test_voices_of_splits_differ():
-    for one, other in combinations(VOICES.values(), 2): assert not set(one) & set(other)
+    for one, other in combinations(VOICES.values(), 2):
+        assert not set(one) & set(other)
     for part in ('pretrain', 'train', 'val', 'test'):
         split = 'train' if part == 'pretrain' else part
         for number in range(SIZES['lrs2'][part]):
@@ -210,8 +219,10 @@ def test_voices_of_splits_differ():
 def test_voices_of_dfdc_parts_differ():
     parts = SIZES['dfdc']['parts']
     voices = [{actor.voice.name for actor in dfdc_actors(0, part, parts)} for part in range(parts)]
-    for part in voices: assert len(part) == 4
-    for one, other in combinations(voices, 2): assert not one & other
+    for part in voices:
+        assert len(part) == 4
+    for one, other in combinations(voices, 2):
+        assert not one & other
 
 
 def test_faces_of_lrw_differ():

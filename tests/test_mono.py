@@ -21,7 +21,8 @@ def wav(path, channels):
 
 
 def decoded(path):
-    with av.open(str(path)) as container: return list(container.decode(audio=0))
+    with av.open(str(path)) as container:
+        return list(container.decode(audio=0))
 
 
 def level(waveform):
@@ -48,7 +49,8 @@ def test_it_is_decided_for_the_whole_film(tmp_path):
     film = MonoResampler(24000)
     for sides in ([0.5*TONE, -0.5*TONE], [TONE, TONE]):
         film.begin()
-        for frame in decoded(wav(tmp_path/'a.wav', sides)): film.add(frame)
+        for frame in decoded(wav(tmp_path/'a.wav', sides)):
+            film.add(frame)
     opposed, equal = film.finish()
     assert level(opposed) < 0.01 and abs(level(equal) - 0.5) < 0.01
 
@@ -83,7 +85,8 @@ def test_sound_that_needs_no_resampling(tmp_path, kind, layout):
         stream = container.add_stream(kind, rate=24000, layout=layout)
         to_kind = av.AudioResampler(format=stream.format.name, layout=layout, rate=24000)
         for frame in [*decoded(wav(tmp_path/'source.wav', [TONE]*stream.layout.nb_channels)), None]:
-            for piece in to_kind.resample(frame): container.mux(stream.encode(piece))
+            for piece in to_kind.resample(frame):
+                container.mux(stream.encode(piece))
         container.mux(stream.encode(None))
     waveform = read_recording(path, None, None, 24000).waveform
     assert len(waveform) == 24000 and abs(level(waveform) - 0.5) < 0.01
@@ -95,7 +98,8 @@ def test_pieces_are_as_the_whole(tmp_path):
     film = MonoResampler(24000)
     film.begin()
     film.begin()
-    for frame in frames: film.add(frame)
+    for frame in frames:
+        film.add(frame)
     (pieces,), whole = film.finish(), mono(frames, 24000)
     assert len(frames) > 64 and (pieces == whole).all()
     assert MonoResampler(24000).finish() == []

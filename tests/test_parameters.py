@@ -24,8 +24,10 @@ BAD_NAMES = ['', '.', '..', '../x', 'a/../b', '/etc', 'a/b', 'a\\b', '-p', '--va
 
 def told(params):
     "The mistakes of some parameters, a line each; none where they are accepted."
-    try: check_params(params)
-    except InputError as e: return str(e).splitlines()
+    try:
+        check_params(params)
+    except InputError as e:
+        return str(e).splitlines()
     return []
 
 
@@ -69,17 +71,21 @@ def leaves(values, place=()):
     "Places of all values that are no sections or lists, and of empty ones."
     items = values.items() if isinstance(values, dict) else enumerate(values)
     for name, value in items:
-        if isinstance(value, (dict, list)) and value: yield from leaves(value, (*place, name))
-        else: yield (*place, name)
+        if isinstance(value, (dict, list)) and value:
+            yield from leaves(value, (*place, name))
+        else:
+            yield (*place, name)
 
 
 def at(values, place):
-    for part in place: values = values[part]
+    for part in place:
+        values = values[part]
     return values
 
 
 def without_aliases(values):
-    if isinstance(values, dict): return {name: without_aliases(value) for name, value in values.items()}
+    if isinstance(values, dict):
+        return {name: without_aliases(value) for name, value in values.items()}
     return [without_aliases(value) for value in values] if isinstance(values, list) else values
 
 
@@ -92,7 +98,8 @@ def told_with(place, change):
     holder = at(MUTABLE, place[:-1])
     before = copy.copy(holder)
     change(holder)
-    try: return told(MUTABLE)
+    try:
+        return told(MUTABLE)
     finally:
         holder.clear()
         holder.update(before) if isinstance(before, dict) else holder.extend(before)
@@ -108,10 +115,14 @@ def is_not_looked_up(place):
 
 def may_be(kind, place, original):
     "Whether a value of this kind makes sense for the parameter at `place`."
-    if kind in ('text', 'digits'): return isinstance(original, str) and is_not_looked_up(place)
-    if kind == 'true': return isinstance(original, bool)
-    if kind == 'null': return parameter(place) in MAY_BE_NULL
-    if kind == 'zero': return parameter(place) in MAY_BE_ZERO and not isinstance(original, bool)
+    if kind in ('text', 'digits'):
+        return isinstance(original, str) and is_not_looked_up(place)
+    if kind == 'true':
+        return isinstance(original, bool)
+    if kind == 'null':
+        return parameter(place) in MAY_BE_NULL
+    if kind == 'zero':
+        return parameter(place) in MAY_BE_ZERO and not isinstance(original, bool)
     return kind == 'half' and isinstance(original, float)
 
 
@@ -121,20 +132,23 @@ def test_each_leaf_with_a_value_of_another_kind(kind):
         lines = told_with(place, lambda holder: operator.setitem(holder, place[-1], WRONG[kind]))
         assert lines or may_be(kind, place, original), f'{kind} is accepted at {place}'
         assert all(len(line) < 800 for line in lines)
-        if lines: assert parameter(place) in ' '.join(lines), (place, lines)
+        if lines:
+            assert parameter(place) in ' '.join(lines), (place, lines)
 
 
 def test_each_leaf_left_out():
     for place, original in PLACES:
         lines = told_with(place, lambda holder: holder.pop(place[-1]))
-        if isinstance(place[-1], str) and place[0] in (*REQUIRED, 'study'): assert lines and parameter(place) in ' '.join(lines), place
+        if isinstance(place[-1], str) and place[0] in (*REQUIRED, 'study'):
+            assert lines and parameter(place) in ' '.join(lines), place
 
 
 def test_each_parameter_misspelt():
     "The message says which name was meant."
     found = 0
     for place, original in PLACES:
-        if not isinstance(place[-1], str) or place[0] in ('grid', 'grids') or place[:2] == place and place[0] in ('variants', 'settings'): continue
+        if not isinstance(place[-1], str) or place[0] in ('grid', 'grids') or place[:2] == place and place[0] in ('variants', 'settings'):
+            continue
         name = place[-1]
         lines = told_with(place, lambda holder: holder.update({f'{name}x': holder.pop(name)}))
         assert f"no parameter '{name}x': did you mean '{name}'?" in ' '.join(lines) \
@@ -216,9 +230,12 @@ def test_names_that_would_reach_a_shell_or_leave_a_folder(name):
             (PARAMS | dict(grid=grid | dict(tasks=dict(esc50=[name]))), 'grid.tasks.esc50[0]')):
         assert any(line.removeprefix('params.yaml: ').strip().startswith((f'{where} should be', f'a name in {where} should be')) for line in told(params)), where
     for option in ('dataset', 'variant', 'task'):
-        with pytest.raises(InputError, match=f'^{option} should be'): names_of({option: name}, PARAMS)
-    with pytest.raises(InputError, match='^study should be'): names_of({}, PARAMS | dict(study=name))
-    with pytest.raises(InputError, match='^localize.dataset should be'): names_of({}, PARAMS | dict(localize=dict(dataset=name)))
+        with pytest.raises(InputError, match=f'^{option} should be'):
+            names_of({option: name}, PARAMS)
+    with pytest.raises(InputError, match='^study should be'):
+        names_of({}, PARAMS | dict(study=name))
+    with pytest.raises(InputError, match='^localize.dataset should be'):
+        names_of({}, PARAMS | dict(localize=dict(dataset=name)))
 
 
 def test_names_with_spaces_are_good():
@@ -236,7 +253,8 @@ def test_commands_get_names_from_nothing_but_the_dictionary_that_dvc_quotes():
     for name, stage in stages.items():
         words = [word for word in shlex.split(stage['cmd'][0] if isinstance(stage['cmd'], list) else stage['cmd']) if '$' in word]
         assert set(words) <= {'${run}', '${item}'}, (name, words)
-    for name in BAD_NAMES: assert shlex.split(to_str(dict(dataset=name))) == ['--dataset', name]
+    for name in BAD_NAMES:
+        assert shlex.split(to_str(dict(dataset=name))) == ['--dataset', name]
 
 
 def test_every_stage_comes_after_the_check():
@@ -277,13 +295,16 @@ LAUGHS = 'a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n' + ''.join(f'a{k}: &a{k} [{",
 def test_a_yaml_file_that_is_none(tmp_path, text, message):
     "One sentence each, at once."
     (tmp_path/'params.yaml').write_bytes(text)
-    with pytest.raises(InputError, match=re.escape(message)) as raised: read_params(tmp_path/'params.yaml')
+    with pytest.raises(InputError, match=re.escape(message)) as raised:
+        read_params(tmp_path/'params.yaml')
     assert str(raised.value).startswith(str(tmp_path)) and '\n' not in str(raised.value) and len(str(raised.value)) < 400
 
 
 def test_no_file_and_a_folder(tmp_path):
-    with pytest.raises(InputError, match='does not exist'): read_params(tmp_path/'params.yaml')
-    with pytest.raises(InputError, match='cannot be read'): read_params(tmp_path)
+    with pytest.raises(InputError, match='does not exist'):
+        read_params(tmp_path/'params.yaml')
+    with pytest.raises(InputError, match='cannot be read'):
+        read_params(tmp_path)
 
 
 @pytest.mark.parametrize('text', [b'\xef\xbb\xbfa: 1\r\nb: &x {c: 1}\r\nd: *x\r\n', b'a: 1\nb: &x {c: 1}\nd:\n  <<: *x\n'])
@@ -298,5 +319,7 @@ def test_what_editors_and_people_write_is_read(tmp_path, text):
 def test_configurations_made_in_python_are_checked_too():
     for make in (lambda: ClipConfig(0, 64, 0.1), lambda: ClipConfig(fps=10, short_side=63, max_rejected=0.1), lambda: AudioConfig(24000, 80, 1024, '200'),
                  lambda: PreprocessConfig(time_limit=float('nan')), lambda: PreprocessConfig('tcp://nowhere'), lambda: PreprocessConfig(limit=3)):
-        with pytest.raises(InputError): make()
-    with pytest.raises(FrozenInstanceError): ClipConfig(10, 64, 0.1).fps = 3
+        with pytest.raises(InputError):
+            make()
+    with pytest.raises(FrozenInstanceError):
+        ClipConfig(10, 64, 0.1).fps = 3

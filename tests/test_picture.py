@@ -21,7 +21,8 @@ def scene(width, height):
     "A dark picture with four coloured corners."
     picture = np.full((height, width, 3), 20, np.uint8)
     rows, columns = (slice(0, height//4), slice(-(height//4), None)), (slice(0, width//4), slice(-(width//4), None))
-    for k, colour in enumerate(UPRIGHT): picture[rows[k//2], columns[k % 2]] = colour
+    for k, colour in enumerate(UPRIGHT):
+        picture[rows[k//2], columns[k % 2]] = colour
     return picture
 
 
@@ -30,10 +31,13 @@ def film(path, width=128, height=96, codec='libx264', aspect=None, pixels='yuv42
     with av.open(str(path), 'w') as container:
         stream = container.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
-        if codec == 'libx264': stream.options = {'crf': '10'}
-        if aspect: stream.codec_context.sample_aspect_ratio = Fraction(aspect)
+        if codec == 'libx264':
+            stream.options = {'crf': '10'}
+        if aspect:
+            stream.codec_context.sample_aspect_ratio = Fraction(aspect)
         picture = av.VideoFrame.from_ndarray(scene(width, height), format='rgb24')
-        for _ in range(4): container.mux(stream.encode(picture.reformat(format=pixels, dst_colorspace='ITU601')))
+        for _ in range(4):
+            container.mux(stream.encode(picture.reformat(format=pixels, dst_colorspace='ITU601')))
         container.mux(stream.encode(None))
     return path
 
@@ -108,7 +112,8 @@ def test_orientation_of_a_photograph(tmp_path):
     exif[0x0112] = 6 # to be turned clockwise
     Image.fromarray(scene(128, 96)).save(file, 'jpeg', quality=95, subsampling=0, exif=exif)
     (tmp_path/'photo.jpg').write_bytes(file.getvalue())
-    with av.open(str(tmp_path/'photo.jpg')) as container: frame = next(container.decode(video=0))
+    with av.open(str(tmp_path/'photo.jpg')) as container:
+        frame = next(container.decode(video=0))
     picture = rgb(planes_at(frame, 64))
     assert picture.shape[:2] == (86, 64)
     assert np.abs(corners(picture) - [BLUE, RED, GRAY, GREEN]).max() < 18
@@ -138,7 +143,8 @@ def test_high_dynamic_range_is_shown_on_a_common_screen(tmp_path, transfer, numb
         stream = container.add_stream('ffv1', rate=25)
         stream.width, stream.height, stream.pix_fmt = 128, 96, 'yuv444p10le'
         stream.codec_context.color_trc, stream.codec_context.color_primaries, stream.codec_context.colorspace = number, 9, 9
-        for _ in range(2): container.mux(stream.encode(signal.reformat(format='yuv444p10le', dst_colorspace='BT2020', dst_color_range='MPEG')))
+        for _ in range(2):
+            container.mux(stream.encode(signal.reformat(format='yuv444p10le', dst_colorspace='BT2020', dst_color_range='MPEG')))
         container.mux(stream.encode(None))
     picture = shown(tmp_path/'film.mkv')
     assert np.abs(corners(picture) - UPRIGHT).max() < within
@@ -176,4 +182,5 @@ def test_transparent_pixels_show_black_and_unused_alpha_shows_the_picture():
 
 
 def test_a_format_that_cannot_be_converted_is_refused():
-    with pytest.raises(Rejection, match='pictures of the kind rgba128le'): planes_at(av.VideoFrame(64, 48, 'rgba128le'), 32)
+    with pytest.raises(Rejection, match='pictures of the kind rgba128le'):
+        planes_at(av.VideoFrame(64, 48, 'rgba128le'), 32)

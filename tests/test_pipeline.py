@@ -43,7 +43,8 @@ def copy_of_the_repository(folder, params):
     "Its code with other parameters, without data and results."
     tracked = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0')
     for name in filter(None, tracked):
-        if name.startswith(('.git/', 'sample/', 'results/')) or name in ('data.dvc', 'dvc.lock') or not (ROOT/name).exists(): continue
+        if name.startswith(('.git/', 'sample/', 'results/')) or name in ('data.dvc', 'dvc.lock') or not (ROOT/name).exists():
+            continue
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
         (folder/name).write_bytes((ROOT/name).read_bytes())
     (folder/'params.yaml').write_text(yaml.safe_dump(params, sort_keys=False))
@@ -93,15 +94,19 @@ def test_second_run_does_nothing(project):
 def test_change_touches_just_its_stages(project, section, values, stages):
     before = (project/'params.yaml').read_text()
     change(project, section, **values)
-    try: assert to_run(project) == {'check'} | stages
-    finally: (project/'params.yaml').write_text(before)
+    try:
+        assert to_run(project) == {'check'} | stages
+    finally:
+        (project/'params.yaml').write_text(before)
 
 
 def test_new_learning_rate_reruns_what_follows(project):
     before = (project/'params.yaml').read_text()
     change(project, 'pretrain', lr=0.0005)
-    try: assert ran(run(project, 'dvc', 'repro')) == {'check', 'pretrain', 'localize', 'finetune', 'figures'}
-    finally: (project/'params.yaml').write_text(before)
+    try:
+        assert ran(run(project, 'dvc', 'repro')) == {'check', 'pretrain', 'localize', 'finetune', 'figures'}
+    finally:
+        (project/'params.yaml').write_text(before)
     run(project, 'dvc', 'repro')
     assert to_run(project) == set()
 
@@ -115,7 +120,8 @@ def test_wrong_parameters_are_named_and_nothing_is_touched(project):
         output = run(project, 'dvc', 'repro', 'pretrain@glcm-0', fails=True)
         assert "pretrain.lr should be a number, not '3e-4' (YAML reads 1e-3 as text" in output and 'pretrain.steps should be 0 or more, not -1' in output
         assert ran(output) == {'check'} and checkpoint.read_bytes() == bytes_before
-    finally: (project/'params.yaml').write_text(before)
+    finally:
+        (project/'params.yaml').write_text(before)
     run(project, 'dvc', 'repro')
     assert to_run(project) == set()
 
@@ -132,7 +138,8 @@ def test_names_reach_no_shell_and_leave_no_folder(project, name):
         grid = params['grid'] | dict(variants=[name])
         (project/'params.yaml').write_text(yaml.safe_dump(params | dict(grid=grid, variants={name: {}}), sort_keys=False))
         assert 'variant should be a name of letters' in run(project, 'dvc', 'repro', '-s', '-f', 'localize', fails=True)
-    finally: (project/'params.yaml').write_text(before)
+    finally:
+        (project/'params.yaml').write_text(before)
     assert not list(project.rglob('PWNED')) and (project/'nbs'/'00_core.ipynb').exists() and (project/'results'/'default'/'tables.md').exists()
 
 

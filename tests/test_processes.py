@@ -67,7 +67,8 @@ def hold():
         assert started[-1].stdout.readline() == 'held\n'
         return started[-1]
     yield start
-    for process in started: process.kill()
+    for process in started:
+        process.kill()
 
 
 def test_second_run_says_which_is_the_first(films, tmp_path, hold, monkeypatch):
@@ -80,7 +81,8 @@ def test_second_run_says_which_is_the_first(films, tmp_path, hold, monkeypatch):
                    lambda: train(config, machine, tmp_path/'clips', out, tmp_path/'resume'),
                    lambda: train(config, machine, tmp_path/'clips', tmp_path/'other', out),
                    lambda: run_stage(ROOT/'nbs'/'stages'/'gather.ipynb', out, {})):
-        with pytest.raises(InputError, match=going_on): second()
+        with pytest.raises(InputError, match=going_on):
+            second()
     assert sorted(path.name for path in tmp_path.iterdir()) == ['.out.lock'], 'the second run left something'
     first.kill()
     first.wait()
@@ -94,27 +96,32 @@ def test_lock_ends_with_its_process_even_if_a_child_lives_on(tmp_path, hold, mon
     first = hold(tmp_path/'out', 'fork')
     first.kill()
     first.wait()
-    with only_run(tmp_path/'out'): pass
+    with only_run(tmp_path/'out'):
+        pass
 
 
 @pytest.mark.parametrize('left', ['', '{"pid": 1', '{"pid": 1, "host": "elsewhere", "since": "2020-01-01"}'])
 def test_lock_file_without_a_process_stops_nobody(tmp_path, left):
     (tmp_path/'.out.lock').write_text(left)
-    with only_run(tmp_path/'out'): assert (tmp_path/'.out.lock').read_text().startswith(f'{{"pid": {os.getpid()},')
+    with only_run(tmp_path/'out'):
+        assert (tmp_path/'.out.lock').read_text().startswith(f'{{"pid": {os.getpid()},')
     assert not list(tmp_path.iterdir())
 
 
 def test_file_system_without_locks_is_warned_of(tmp_path, monkeypatch):
     def no_locks(file, how): raise OSError(errno.ENOLCK, 'no locks')
     monkeypatch.setattr(processes.fcntl, 'lockf', no_locks)
-    with pytest.warns(UserWarning, match=f'the file system of {tmp_path} has no locks'), only_run(tmp_path/'out'): pass
+    with pytest.warns(UserWarning, match=f'the file system of {tmp_path} has no locks'), only_run(tmp_path/'out'):
+        pass
 
 
 def test_half_written_files_of_the_dead_are_removed_and_no_others(tmp_path):
     dead = ['.out.abcdefgh.partial', 'out/.state.pt.abcd_123.partial', 'out/networks/.fold-1.pt.abcdefgh.partial']
     others = ['.other.abcdefgh.partial', '.outer.abcdefgh.partial', 'out/.mine.partial', 'out/notes.partial']
-    for name in dead + others: (tmp_path/name).mkdir(parents=True)
-    with only_run(tmp_path/'out'): assert not any((tmp_path/name).exists() for name in dead)
+    for name in dead + others:
+        (tmp_path/name).mkdir(parents=True)
+    with only_run(tmp_path/'out'):
+        assert not any((tmp_path/name).exists() for name in dead)
     assert all((tmp_path/name).exists() for name in others)
 
 
@@ -179,7 +186,8 @@ def descendants(pid):
     "Processes that a process has started, and those that they have."
     rows = [line.split() for line in subprocess.run(['ps', '-eo', 'pid=,ppid='], capture_output=True, text=True).stdout.splitlines()]
     found = [pid]
-    for parent in found: found += [int(child) for child, of in rows if int(of) == parent]
+    for parent in found:
+        found += [int(child) for child, of in rows if int(of) == parent]
     return found[1:]
 
 
@@ -241,7 +249,8 @@ def test_stage_ends_with_dvc_and_not_with_a_shell(tmp_path):
         stage = int(parent.stdout.readline())
         wait_until((tmp_path/'began').exists)
         parent.kill()
-        if environment: wait_until(lambda: not alive(stage), 10)
+        if environment:
+            wait_until(lambda: not alive(stage), 10)
         else:
             time.sleep(2)
             assert alive(stage)

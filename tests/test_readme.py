@@ -26,7 +26,8 @@ def test_seeds_study_has_three_seeds_and_finds_what_sounds():
     glcm = metrics[metrics.variant == 'glcm']
     assert sorted(glcm.seed) == [0, 1, 2]
     assert glcm.pointing.mean() >= 0.75
-    for measure in ('pointing', 'ciou_50', 'auc'): assert glcm[measure].min() > baselines[measure].max()
+    for measure in ('pointing', 'ciou_50', 'auc'):
+        assert glcm[measure].min() > baselines[measure].max()
 
 
 SEEDS = ROOT/'results'/'seeds'/'differences.csv'

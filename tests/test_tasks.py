@@ -40,7 +40,8 @@ def edits(a, b):
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         before, row[0] = row[0], i
-        for j, y in enumerate(b, 1): before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
     return row[-1]
 
 
@@ -157,9 +158,11 @@ def test_a_run_that_is_cut_between_candidates_resumes_with_the_best_so_far(three
     state = FinetuneState(tmp_path/'state.pt')
     def save(more, now=False, real=state.save):
         real(more, now)
-        if len(more()['choices']) == 1: raise KeyboardInterrupt
+        if len(more()['choices']) == 1:
+            raise KeyboardInterrupt
     state.save = save
-    with pytest.raises(KeyboardInterrupt): finetune(*new_model(), three_sides, choosing, 0, state=state)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(*new_model(), three_sides, choosing, 0, state=state)
     left = torch.load(tmp_path/'state.pt', weights_only=True)
     assert left['choices'][0]['candidate'] == 'lr: 0.01, epochs: 3' and 'best' in left
     assert finetune(*new_model(), three_sides, choosing, 0, state=FinetuneState(tmp_path/'state.pt')).equals(wanted)
@@ -205,7 +208,8 @@ def test_logits_of_videos_keep_their_digits(films):
     "With encoders in bfloat16, which has three digits, and for logits at which a sigmoid is 1."
     c = config(target='fake', precision='bfloat16')
     network = Classifier(*new_model(), c, []).eval()
-    with torch.no_grad(): network.head.bias.fill_(60)
+    with torch.no_grad():
+        network.head.bias.fill_(60)
     logits = [outcome['logit'] for _, outcome in predict_clips(network, LabelledWindows(films, {}, c, 56, 0), list(range(12)))]
     assert len(set(logits)) == 12 and min(logits) > 30
     assert not torch.equal(torch.tensor(logits), torch.tensor(logits).bfloat16().float())
@@ -233,7 +237,8 @@ def test_what_does_not_decay_keeps_its_length(films):
     "A step without a gradient: AdamW shrinks the weights by 1 - lr * weight_decay and nothing else."
     network = Classifier(*new_model(), config(), ['A', 'B'])
     before = {name: p.detach().clone() for name, p in network.named_parameters()}
-    for p in network.parameters(): p.grad = torch.zeros_like(p)
+    for p in network.parameters():
+        p.grad = torch.zeros_like(p)
     torch.optim.AdamW(decay_groups(network, 0.5), lr=0.1).step()
     for name, p in network.named_parameters():
         factor = 0.95 if p.ndim > 1 else 1
@@ -245,8 +250,10 @@ def outputs_of_norms(features, batches):
     seen, norms = {}, [m for m in features.encoders.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
     hooks = [norm.register_forward_hook(lambda norm, _, out: seen.setdefault(norm, []).append(out.transpose(0, 1).flatten(1))) for norm in norms]
     with torch.no_grad():
-        for inputs in batches: assert torch.isfinite(features(*inputs)).all()
-    for hook in hooks: hook.remove()
+        for inputs in batches:
+            assert torch.isfinite(features(*inputs)).all()
+    for hook in hooks:
+        hook.remove()
     assert len(seen) == len(norms) > 0
     every = [torch.cat(parts, 1) for parts in seen.values()]
     return torch.cat([x.mean(1) for x in every]), torch.cat([x.var(1) for x in every])
@@ -267,7 +274,8 @@ def test_frozen_encoders_take_statistics_of_mixed_batches():
     windows = DarkAndBright()
     CachedFeatures(network, windows, list(range(32)), 0)
     every = collate_windows([windows[0, i] for i in range(32)])
-    with torch.no_grad(): seen = network.features.encoders['local'].conv1(network.features.normalized(to_inputs(every, torch.device('cpu'))[0], None))
+    with torch.no_grad():
+        seen = network.features.encoders['local'].conv1(network.features.normalized(to_inputs(every, torch.device('cpu'))[0], None))
     inside = torch.stack([seen[:16].var((0, 2, 3, 4)), seen[16:].var((0, 2, 3, 4))]).mean(0)
     running, total = network.features.encoders['local'].bn1.running_var, seen.var((0, 2, 3, 4))
     assert ((running - inside)/(total - inside)).median() > 0.6  # batches of four: three quarters on average; 0 where a batch has one class
@@ -298,13 +306,15 @@ def test_a_probe_of_random_weights_has_normalised_features(films, values):
 ])
 def test_clips_that_cannot_be_judged_are_named(films, change, message):
     films.clips = [row | change(row, k) for k, row in enumerate(films.clips)]
-    with pytest.raises(InputError, match=message): finetune(*new_model(), films, config(), 0)
+    with pytest.raises(InputError, match=message):
+        finetune(*new_model(), films, config(), 0)
 
 
 def test_text_that_cannot_be_spelt_is_named(films):
     films.clips = [row | dict(text='d\u00e9j\u00e0 vu' if k == 1 else 'bin blue') for k, row in enumerate(films.clips)]
     reading = replace(task_config(PARAMS, 'lrs2'), frozen=0, epochs=1, size=16, heads=2, layers=1)
-    with pytest.raises(InputError, match=f"clip {films.clips[1]['clip']}: .* is none of the characters"): finetune(*new_model(), films, reading, 0)
+    with pytest.raises(InputError, match=f"clip {films.clips[1]['clip']}: .* is none of the characters"):
+        finetune(*new_model(), films, reading, 0)
 
 
 class TwoLetters:
@@ -362,9 +372,11 @@ def norm_of_clips(norm, clips, statistics):
 
 def layer_of_clips(layer, clips, statistics):
     "What a layer in training makes of clips of different length, each one by itself."
-    if isinstance(layer, torch.nn.BatchNorm3d): return norm_of_clips(layer, clips, statistics)
+    if isinstance(layer, torch.nn.BatchNorm3d):
+        return norm_of_clips(layer, clips, statistics)
     if isinstance(layer, torch.nn.Sequential):
-        for one in layer: clips = layer_of_clips(one, clips, statistics)
+        for one in layer:
+            clips = layer_of_clips(one, clips, statistics)
         return clips
     if isinstance(layer, BasicBlock):
         inner = layer_of_clips(torch.nn.Sequential(layer.conv1, layer.bn1), clips, statistics)
@@ -390,9 +402,11 @@ def test_padding_is_not_in_the_batch_statistics(name):
 
     batch = torch.stack([F.pad(clip, (0, 0, 0, 0, 0, 16 - clip.shape[1]), value=200) for clip in clips])
     inputs, length = network.normalized(batch, torch.tensor(lengths)), torch.tensor(lengths)
-    if name == 'global': inputs, length = inputs[:, :, ::network.stride], -(-length//network.stride)
+    if name == 'global':
+        inputs, length = inputs[:, :, ::network.stride], -(-length//network.stride)
     features = network.pooled(name, inputs, None, length)
-    for own, alone in zip(features, wanted): assert torch.allclose(own[:, :alone.shape[1]], alone, rtol=0, atol=1e-10)
+    for own, alone in zip(features, wanted):
+        assert torch.allclose(own[:, :alone.shape[1]], alone, rtol=0, atol=1e-10)
     for norm, (mean, var) in statistics.items():
         assert torch.allclose(norm.running_mean, mean, rtol=0, atol=1e-10) and torch.allclose(norm.running_var, var, rtol=0, atol=1e-10)
     assert len(statistics) == sum(isinstance(m, torch.nn.BatchNorm3d) for m in encoder.modules())
@@ -438,7 +452,8 @@ def test_sizes_of_the_paper():
 def test_readers_choose_between_frozen_encoders_first_and_none(name, task, probes):
     params = read_params(root()/name)
     assert [bool(c.frozen) for c in task_config(params, task).candidates()] == [True, False]
-    for probe in probes: assert task_config(params, task, probe).choose == []
+    for probe in probes:
+        assert task_config(params, task, probe).choose == []
 
 
 def test_the_full_grids_fit_together():
@@ -452,4 +467,5 @@ def test_the_full_grids_fit_together():
                 for task in grid['tasks']:
                     settings = settings_of(grid, variant, task)
                     assert settings
-                    for setting in settings: task_config(params, task, setting)
+                    for setting in settings:
+                        task_config(params, task, setting)

@@ -198,9 +198,11 @@ def test_floor_of_the_released_loss():
 ])
 def test_impossible_parameters_are_refused_before_training(section, values, message):
     params = PARAMS | {section: PARAMS[section] | values}
-    with pytest.raises(InputError, match=message): run_config(params, 'glcm', 0)
+    with pytest.raises(InputError, match=message):
+        run_config(params, 'glcm', 0)
 
 
 def test_missing_parameter_is_named():
     params = PARAMS | dict(pretrain={k: v for k, v in PARAMS['pretrain'].items() if k != 'lr'})
-    with pytest.raises(InputError, match="lacks 'lr'"): run_config(params, 'glcm', 0)
+    with pytest.raises(InputError, match="lacks 'lr'"):
+        run_config(params, 'glcm', 0)

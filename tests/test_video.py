@@ -53,20 +53,23 @@ def test_truncated_file_is_rejected(tmp_path, keep):
     write_video(tmp_path/'whole.mp4', np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3)).astype(np.uint8),
                 np.random.default_rng(0).normal(size=48000)*0.1)
     (tmp_path/'cut.mp4').write_bytes((tmp_path/'whole.mp4').read_bytes()[:keep])
-    with pytest.raises(Rejection): read_recording(tmp_path/'cut.mp4', 10, 64, 24000)
+    with pytest.raises(Rejection):
+        read_recording(tmp_path/'cut.mp4', 10, 64, 24000)
 
 
 @real
 def test_real_clips_of_kinetics_ucf_and_hmdb():
     reasons = {}
     for path in sorted((SHARED/'formats').rglob('*')):
-        if path.suffix not in ('.mp4', '.avi'): continue
+        if path.suffix not in ('.mp4', '.avi'):
+            continue
         try:
             recording = read_recording(path, 10, 128, 24000)
             assert min(recording.frames.shape[1:3]) == 128
             assert abs(len(recording.frames)/10 - len(recording.waveform)/24000) < 0.5
             reasons[path.name] = 'used'
-        except Rejection as e: reasons[path.name] = e.reason
+        except Rejection as e:
+            reasons[path.name] = e.reason
     assert set(reasons.values()) == {'used', 'no audio'}
     assert sum(reason == 'used' for reason in reasons.values()) >= 3
 

@@ -27,7 +27,8 @@ class AudioConfig:
     def mel_per_step(self, fps: int) -> int: # mel columns in one visual step
         "Mel columns per visual step at `fps`; raises `InputError` unless that is a whole number."
         columns = self.sample_rate/self.hop/fps
-        if columns == int(columns) >= 1: return int(columns)
+        if columns == int(columns) >= 1:
+            return int(columns)
         fitting = [hop for hop in range(1, self.sample_rate//fps + 1) if self.sample_rate % (hop*fps) == 0]
         remedy = f'take hop {min(fitting, key=lambda hop: abs(hop - self.hop))}' if fitting else 'change the sample rate'
         raise InputError(f'audio.sample_rate {self.sample_rate} / audio.hop {self.hop} / {fps} fps = {columns:.3f} mel '

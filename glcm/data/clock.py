@@ -24,7 +24,8 @@ def open_file(
 ) -> av.container.InputContainer:
     "Open one local file; raises `Rejection` for a playlist."
     container = av.open(f'file:{path}', metadata_errors='ignore', options={'protocol_whitelist': 'file'})
-    if container.format.name not in PLAYLISTS: return container
+    if container.format.name not in PLAYLISTS:
+        return container
     container.close()
     raise Rejection('does not decode', f'{path.name} is a list of other files')
 
@@ -62,9 +63,11 @@ def choose_streams(
     chosen = {}
     for kind in kinds:
         streams = streams_of(container, kind)
-        if not streams: raise Rejection(f'no {kind}', f'{name} has no {kind} stream')
+        if not streams:
+            raise Rejection(f'no {kind}', f'{name} has no {kind} stream')
         stream = streams[track if kind == 'audio' else 0]
-        if stream.codec_context is None: raise Rejection('does not decode', f'{name}: {kind} in an unknown codec')
+        if stream.codec_context is None:
+            raise Rejection('does not decode', f'{name}: {kind} in an unknown codec')
         stream.codec_context.options = STRICT
         chosen[kind] = stream
     return chosen
@@ -93,7 +96,8 @@ class Clock:
     def place(self, packet: av.Packet):
         "Shift a packet's times; raises `Rejection` where the clock cannot be believed."
         ticks = packet.pts if packet.dts is None else packet.dts
-        if ticks is None: return
+        if ticks is None:
+            return
         stream = packet.stream
         tick = self.units.get(stream) or self.units.setdefault(stream, float(packet.time_base))
         shift = self.shifts[self.restarts.get(stream, 0)] if packet.is_discard else self._shift(stream, ticks*tick, seconds_of(packet))
@@ -101,7 +105,8 @@ class Clock:
             packet.dts = None if packet.dts is None else packet.dts + round(shift/tick)
             packet.pts = None if packet.pts is None else packet.pts + round(shift/tick)
         shown = ticks*tick + shift if packet.pts is None else packet.pts*tick
-        if packet.is_discard: return # needed for decoding, not shown: what was cut out may lie out of order
+        if packet.is_discard:
+            return # needed for decoding, not shown: what was cut out may lie out of order
         self.latest[stream] = ticks*tick + shift
         self.ends[stream] = max(self.ends.get(stream, shown), shown + (packet.duration or 0)*tick)
 
@@ -109,8 +114,10 @@ class Clock:
         "Seconds to add to the times of a stream's next packet, which is decoded at `time`."
         passed = self.restarts.get(stream, 0)
         time_before = self.latest.get(stream)
-        if time_before is None: return self.shifts[0]
-        if self._fits(time + self.shifts[passed], time_before): return self.shifts[passed]
+        if time_before is None:
+            return self.shifts[0]
+        if self._fits(time + self.shifts[passed], time_before):
+            return self.shifts[passed]
         for number in range(passed + 1, len(self.shifts)): # restarts that another stream has seen
             if abs(time + self.shifts[number] - time_before) < AHEAD:
                 self.restarts[stream] = number
@@ -138,10 +145,13 @@ def from_key_frame(
     for packet in packets:
         time = seconds_of(packet, since)
         if packet.stream.type == 'audio':
-            if time >= since - SETTLING: yield packet
-        elif waiting is None: yield packet
+            if time >= since - SETTLING:
+                yield packet
+        elif waiting is None:
+            yield packet
         else:
-            if packet.is_keyframe and time <= since: waiting = []
+            if packet.is_keyframe and time <= since:
+                waiting = []
             waiting.append(packet)
             if time > since:
                 yield from waiting

@@ -41,8 +41,10 @@ def _chunks(file: BinaryIO): # (name, offset of the content, length), those of a
     for _ in range(MOST_CHUNKS):
         file.seek(at)
         name, length, form = file.read(4), int.from_bytes(file.read(4), 'little'), file.read(4)
-        if len(name) < 4 or not name.isascii() or not name.decode().isprintable(): return
-        if name in (b'RIFF', b'RF64', b'BW64'): at += 12
+        if len(name) < 4 or not name.isascii() or not name.decode().isprintable():
+            return
+        if name in (b'RIFF', b'RF64', b'BW64'):
+            at += 12
         else:
             yield form if name == b'LIST' else name, at + 8, length
             at += 8 + length + length % 2
@@ -58,13 +60,19 @@ def _riff_is_whole(
         if name == b'ds64':
             file.seek(at + 8)
             long_length = int.from_bytes(file.read(8), 'little')
-        if name not in (b'data', b'movi'): continue
-        if length == 0xFFFFFFFF and long_length: length = long_length
-        if _length_is_unknown(length): return True
-        if at + length > size + (TOO_LITTLE_TO_HEAR if name == b'data' else 0): return False
-        if name == b'data': return True
+        if name not in (b'data', b'movi'):
+            continue
+        if length == 0xFFFFFFFF and long_length:
+            length = long_length
+        if _length_is_unknown(length):
+            return True
+        if at + length > size + (TOO_LITTLE_TO_HEAR if name == b'data' else 0):
+            return False
+        if name == b'data':
+            return True
         found = True # and there may be more: avi files of many gigabytes have several
-    if found: return True
+    if found:
+        return True
     file.seek(4)
     whole = int.from_bytes(file.read(4), 'little')
     return _length_is_unknown(whole) or whole <= size
@@ -80,10 +88,12 @@ def _ogg_is_whole(
     "Whether the pages of an Ogg file are complete, follow each other and end no packet in its middle."
     following, goes_on, in_headers = {}, {}, {}
     while head := file.read(27):
-        if len(head) < 27 or head[:4] != b'OggS': return False
+        if len(head) < 27 or head[:4] != b'OggS':
+            return False
         flags, position, stream, number = head[5], head[6:14], head[14:18], int.from_bytes(head[18:22], 'little')
         begins = flags & FIRST or stream not in following or in_headers[stream]
-        if not begins and number != following[stream]: return False
+        if not begins and number != following[stream]:
+            return False
         parts = file.read(head[26])
         following[stream] = number + 1
         goes_on[stream] = parts[-1:] == bytes([FULL]) and not flags & LAST
@@ -102,8 +112,10 @@ def _caf_is_whole(
         file.seek(at)
         head = file.read(12)
         length = int.from_bytes(head[4:], 'big', signed=True)
-        if len(head) < 12 or length < -1: return False
-        if head[:4] == b'data': return length == -1 or at + 12 + length <= size
+        if len(head) < 12 or length < -1:
+            return False
+        if head[:4] == b'data':
+            return length == -1 or at + 12 + length <= size
         at += 12 + length
     return False
 
@@ -117,9 +129,12 @@ def _w64_is_whole(
         file.seek(at)
         head = file.read(24)
         length = int.from_bytes(head[16:], 'little')
-        if head[:4] == b'data' and _length_is_unknown(length): return True
-        if len(head) < 24 or length < 24: return False
-        if head[:4] == b'data': return at + length <= size
+        if head[:4] == b'data' and _length_is_unknown(length):
+            return True
+        if len(head) < 24 or length < 24:
+            return False
+        if head[:4] == b'data':
+            return at + length <= size
         at += (length + 7)//8*8
     return False
 
@@ -135,7 +150,8 @@ def refuse_torn(
         check = WHOLE.get(file.read(4))
         file.seek(0)
         size = os.fstat(file.fileno()).st_size
-        if check and not check(file, size): raise Rejection('cut off', f'{path.name}: a part of the file is missing')
+        if check and not check(file, size):
+            raise Rejection('cut off', f'{path.name}: a part of the file is missing')
 
 # %% ../../nbs/11_data.damage.ipynb #021
 TAGS = b'ID3', b'TAG', b'APETAGEX', b'LYRICS' # ID3v2, ID3v1, APE, Lyrics3
@@ -146,6 +162,7 @@ def is_leftover(
 ) -> bool:
     "Whether a packet is a tag between two songs, or the last of a recording and ends within a sample."
     codec = packet.stream.codec_context
-    if codec.name.startswith('mp3'): return bytes(memoryview(packet)[:8]).startswith(TAGS) if packet.size else False
+    if codec.name.startswith('mp3'):
+        return bytes(memoryview(packet)[:8]).startswith(TAGS) if packet.size else False
     pcm = PCM.fullmatch(codec.name)
     return bool(pcm) and packet.size % (int(pcm[1])//8*max(1, codec.layout.nb_channels)) > 0

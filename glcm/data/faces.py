@@ -42,7 +42,8 @@ def similarity(
     a = source - np.mean(source, -2, keepdims=True, dtype=np.float64)
     b = target - np.mean(target, 0, dtype=np.float64)
     spread = (a**2).sum((-2, -1))
-    if not (spread > 0).all(): raise InputError('no similarity transform fits: the landmarks of a frame coincide or are not finite')
+    if not (spread > 0).all():
+        raise InputError('no similarity transform fits: the landmarks of a frame coincide or are not finite')
     u, s, vt = np.linalg.svd(b.T @ a)
     mirrored = np.sign(np.linalg.det(u @ vt))
     s[..., 1] *= mirrored
@@ -87,7 +88,8 @@ def detect_faces(
     "Squares around the upright, frontal faces in a frame."
     import torch # not above: whoever decodes files without faces does without PyTorch
     from torchvision.transforms.functional import resize
-    if not hasattr(_of_thread, 'detector'): _of_thread.detector = _dlib().get_frontal_face_detector()
+    if not hasattr(_of_thread, 'detector'):
+        _of_thread.detector = _dlib().get_frontal_face_detector()
     h, w, _ = frame.shape
     scale = short_side/min(h, w)
     pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
@@ -125,7 +127,8 @@ def link_faces(
         pairs = sorted(((overlap(a, b), i, j) for i, a in enumerate(last) for j, b in enumerate(found[t])), reverse=True)
         linked = set()
         for score, i, j in pairs:
-            if score < min_overlap or t in tracks[i] or j in linked: continue
+            if score < min_overlap or t in tracks[i] or j in linked:
+                continue
             tracks[i][t] = found[t][j]
             linked.add(j)
         tracks += [{t: box} for j, box in enumerate(found[t]) if j not in linked]
@@ -141,7 +144,8 @@ def look_for_faces(
     look = lambda times: {t: detect_faces(frames[t], short_side) for t in times}
     found = look(sorted({*range(0, len(frames), every), len(frames) - 1}))
     for a, b in pairwise(sorted(found)):
-        if not len(found[a]) == len(found[b]) > 0: found |= look(range(a + 1, b))
+        if not len(found[a]) == len(found[b]) > 0:
+            found |= look(range(a + 1, b))
     return found
 
 def track_landmarks(
@@ -153,7 +157,8 @@ def track_landmarks(
     points = np.full((len(frames), 68, 2), np.nan, np.float32)
     boxes = np.stack([np.interp(range(len(frames)), sorted(track), side) for side in zip(*(track[t] for t in sorted(track)))], 1)
     seen = [t for a, b in pairwise(looked) if a in track and b in track for t in range(a, b)]
-    for t in {*track, *seen}: points[t] = predict_landmarks(frames[t], boxes[t])
+    for t in {*track, *seen}:
+        points[t] = predict_landmarks(frames[t], boxes[t])
     return points
 
 # %% ../../nbs/20_data.faces.ipynb #021
@@ -171,7 +176,8 @@ def smooth(
     sigma: float, # width of the Gaussian in frames; 0: as they are
 ) -> np.ndarray: # (T, N, 2)
     "Smooth points over time."
-    if sigma == 0: return points
+    if sigma == 0:
+        return points
     reach = math.ceil(3*sigma)
     kernel = np.exp(-(np.arange(-reach, reach + 1)/sigma)**2/2)
     padded = np.pad(points, ((reach, reach), (0, 0), (0, 0)), mode='edge')
@@ -203,7 +209,8 @@ def speaking(
 ) -> float: # -1 to 1; -1 where one of the two does not change
     "Correlation between the opening of the mouth and the loudness of the sound."
     opening = mouth_opening(points)
-    if min(np.ptp(opening), np.ptp(envelope)) < 1e-6: return -1.0
+    if min(np.ptp(opening), np.ptp(envelope)) < 1e-6:
+        return -1.0
     return float(np.corrcoef(opening, envelope)[0, 1])
 
 # %% ../../nbs/20_data.faces.ipynb #027
@@ -220,7 +227,8 @@ def landmarks(
     "Landmarks of the face that speaks, else the largest; raises `Rejection('no face')` where too few frames show one."
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise InputError(f'frames should be (T, h, w, 3) uint8 with T at least 1, not {frames.shape} {frames.dtype}')
-    if waveform is not None and not sample_rate: raise InputError('a waveform needs its sample_rate: give both, or neither')
+    if waveform is not None and not sample_rate:
+        raise InputError('a waveform needs its sample_rate: give both, or neither')
     found = look_for_faces(frames, every, short_side)
     tracks = [track_landmarks(frames, track, sorted(found)) for track in link_faces(found)]
     seen = [np.isfinite(points[:, 0, 0]).mean() for points in tracks]
@@ -246,8 +254,10 @@ def crop_matrices(
     if kind == 'lips':
         corners = moved(landmarks[:, LIP_CORNERS].astype(np.float64), matrices)
         centre, scale = corners.mean(1), seen/3/np.median(np.linalg.norm(corners[:, 1] - corners[:, 0], axis=-1))
-    elif kind == 'face': centre, scale = np.array([0.5, 0.45]), seen/(1 + 2*margin)
-    else: raise InputError(f"kind of crop should be 'lips' or 'face', not {kind!r}")
+    elif kind == 'face':
+        centre, scale = np.array([0.5, 0.45]), seen/(1 + 2*margin)
+    else:
+        raise InputError(f"kind of crop should be 'lips' or 'face', not {kind!r}")
     matrices *= scale
     matrices[..., 2] += (size - 1)/2 - scale*centre
     return matrices

@@ -15,7 +15,8 @@ def _mixing(
 ) -> tuple[str, str]: # what FFmpeg's filter `pan` is to do, or ''; the layout that is wanted
     "How the channels of a layout become one or two."
     count = layout.nb_channels
-    if layout.name.startswith('ambisonic'): return 'mono|c0=c0', 'mono'
+    if layout.name.startswith('ambisonic'):
+        return 'mono|c0=c0', 'mono'
     if count > 8 and layout.name.endswith('channels'):
         left, right = ('+'.join(f'c{k}' for k in range(side, count, 2)) for side in (0, 1))
         return f'stereo|c0<{left}|c1<{right}', 'stereo'
@@ -30,7 +31,8 @@ def _graph(
     graph, (pan, layout) = av.filter.Graph(), _mixing(frame.layout)
     source = dict(sample_rate=str(frame.sample_rate), sample_fmt=frame.format.name, channel_layout=frame.layout.name)
     filters = [graph.add('abuffer', time_base=f'1/{frame.sample_rate}', **source)]
-    if pan: filters.append(graph.add('pan', pan))
+    if pan:
+        filters.append(graph.add('pan', pan))
     filters.append(graph.add('aformat', sample_fmts='s32p', sample_rates=str(rate), channel_layouts=layout))
     graph.link_nodes(*filters, graph.add('abuffersink')).configure()
     return graph
@@ -58,14 +60,18 @@ class MonoResampler:
         frame: av.AudioFrame, # decoded; of any format, which may change
     ):
         "Take the next frame."
-        if self.new_run: self.runs.append([])
+        if self.new_run:
+            self.runs.append([])
         self.new_run = False
         kind = frame.format.name, frame.layout.name, frame.sample_rate
-        if kind != self.kind: self._flush()
-        if self.graph is None: self.graph, self.kind = _graph(frame, self.rate), kind
+        if kind != self.kind:
+            self._flush()
+        if self.graph is None:
+            self.graph, self.kind = _graph(frame, self.rate), kind
         self.graph.push(frame)
         self.pushed += 1
-        if self.pushed % FRAMES_AT_ONCE == 0: self._pull()
+        if self.pushed % FRAMES_AT_ONCE == 0:
+            self._pull()
 
     def finish(self) -> list: # of (n,) float32 in -1..1, one for each run that had a frame
         "The waveforms of all runs."
@@ -82,12 +88,16 @@ class MonoResampler:
     def _pull(self):
         pieces = []
         while True:
-            try: pieces.append(self.graph.pull().to_ndarray())
-            except (BlockingIOError, EOFError): break # all that there is for now, or at all
-        if not pieces: return
+            try:
+                pieces.append(self.graph.pull().to_ndarray())
+            except (BlockingIOError, EOFError):
+                break # all that there is for now, or at all
+        if not pieces:
+            return
         sides = np.concatenate(pieces, 1).astype(np.float32)/2**31
         self.runs[-1].append(sides)
-        if len(sides) == 2: self.energy += [np.square(side).sum(dtype=np.float64) for side in (*sides, sides.mean(0))]
+        if len(sides) == 2:
+            self.energy += [np.square(side).sum(dtype=np.float64) for side in (*sides, sides.mean(0))]
 
     def _flush(self):
         if self.graph is not None:
@@ -102,5 +112,6 @@ def mono(
 ) -> np.ndarray: # (n,) float32 in -1..1
     "Decoded audio frames as one mono waveform at `rate`."
     resampler = MonoResampler(rate)
-    for frame in frames: resampler.add(frame)
+    for frame in frames:
+        resampler.add(frame)
     return resampler.finish()[0]

@@ -28,7 +28,8 @@ def shown_size(
     aspect: Fraction | float = 1, # width of a pixel over its height
 ) -> tuple[int, int]: # width, height; both even, before any turn
     "Size of a frame with square pixels."
-    if not 1/ODDEST_PIXEL <= aspect <= ODDEST_PIXEL: aspect = 1
+    if not 1/ODDEST_PIXEL <= aspect <= ODDEST_PIXEL:
+        aspect = 1
     sides = frame.width*float(aspect), frame.height
     scale = short_side/min(sides)
     width, height = (max(2, round(side*scale/2)*2) for side in sides)
@@ -43,9 +44,11 @@ def nearest_symmetry(
 ) -> tuple[bool, bool, bool]: # transpose first; then flip the rows; then the columns
     "Which of the eight ways to lay a picture down is nearest to a display matrix."
     across, along = math.hypot(a, b), math.hypot(c, d)
-    if min(across, along) == 0 or abs(a*d - b*c) < FLAT*across*along: return False, False, False
+    if min(across, along) == 0 or abs(a*d - b*c) < FLAT*across*along:
+        return False, False, False
     a, b, c, d = a/across, b/across, c/along, d/along
-    if abs(b) + abs(c) > abs(a) + abs(d): return True, b < 0, c < 0
+    if abs(b) + abs(c) > abs(a) + abs(d):
+        return True, b < 0, c < 0
     return False, d < 0, a < 0
 
 # %% ../../nbs/13_data.picture.ipynb #011
@@ -53,12 +56,15 @@ def _symmetry(
     frame: av.VideoFrame, # a decoded frame
 ) -> tuple[bool, bool, bool]: # as `nearest_symmetry` returns
     "How to lay down a frame."
-    try: matrix = frame.side_data.get('DISPLAYMATRIX')
+    try:
+        matrix = frame.side_data.get('DISPLAYMATRIX')
     except ValueError:
-        if abs(frame.rotation) > 360: return False, False, False # not a number
+        if abs(frame.rotation) > 360:
+            return False, False, False # not a number
         angle = math.radians(frame.rotation)
         return nearest_symmetry(math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle))
-    if matrix is None: return False, False, False
+    if matrix is None:
+        return False, False, False
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
     return nearest_symmetry(a, b, c, d)
 
@@ -84,7 +90,8 @@ def _matrix(
     frame: av.VideoFrame, # a decoded frame
 ) -> str | None: # PyAV's name of a matrix; None: what the frame says
     "What to read the colours of a frame with where the file does not say, or says what cannot be used."
-    if frame.colorspace == 2 and frame.color_trc in (PQ, HLG): return 'BT2020'
+    if frame.colorspace == 2 and frame.color_trc in (PQ, HLG):
+        return 'BT2020'
     return None if frame.colorspace in MATRICES or frame.format.is_rgb else 'ITU601'
 
 # %% ../../nbs/13_data.picture.ipynb #017
@@ -101,7 +108,8 @@ def over_black(
     alpha: np.ndarray, # (h, w) uint8, 255: opaque
 ) -> np.ndarray: # (3h/2, w) uint8
     "A transparent picture on black ground."
-    if alpha.min() == 255 or alpha.max() == 0: return planes
+    if alpha.min() == 255 or alpha.max() == 0:
+        return planes
     height, half = alpha.shape[0], alpha.shape[1]//2
     opaque = alpha.astype(np.float32)/255
     quarter = opaque.reshape(height//2, 2, half, 2).mean((1, 3))
@@ -160,7 +168,8 @@ def _light_table(
 ) -> np.ndarray: # (65536,) float32: light of each number; 1: paper-white, or for HLG the brightest of the scene
     "The curve from numbers to light, so that a picture needs no powers."
     signal = np.arange(65536)/65535
-    if transfer == PQ: return (pq_to_light(signal)/PAPER_WHITE).astype(np.float32)
+    if transfer == PQ:
+        return (pq_to_light(signal)/PAPER_WHITE).astype(np.float32)
     return (hlg_to_scene(signal) if transfer == HLG else srgb_to_light(signal)).astype(np.float32)
 
 # %% ../../nbs/13_data.picture.ipynb #027
@@ -208,7 +217,8 @@ def tone_mapped(
     small = frame.reformat(width, height, 'rgb48le', src_colorspace=_matrix(frame), interpolation='AREA', threads=1)
     light = _light_table(frame.color_trc)[small.to_ndarray()]
     primaries = frame.color_primaries
-    if primaries == 2: primaries = 9 # not named
+    if primaries == 2:
+        primaries = 9 # not named
     if frame.color_trc == HLG:
         scene = light @ np.array([0.2627, 0.6780, 0.0593], np.float32) # luminance, BT.2100
         light = light*(PEAK/PAPER_WHITE*np.maximum(scene, 1e-6)**0.2)[..., None]
@@ -227,7 +237,8 @@ def _planes(
     height: int, # wanted rows, even
 ) -> np.ndarray: # (3h/2, w) uint8
     "A frame as planes, not yet turned."
-    if is_wide(frame): return from_rgb(tone_mapped(frame, width, height)[None])[0]
+    if is_wide(frame):
+        return from_rgb(tone_mapped(frame, width, height)[None])[0]
     transparent = _has_alpha(frame.format.name)
     kind = 'yuva420p' if transparent else 'yuv420p'
     small = frame.reformat(width, height, kind, src_colorspace=_matrix(frame), **PLAIN)
@@ -242,7 +253,8 @@ def planes_at(
     aspect: Fraction | float = 1, # width of a pixel over its height
 ) -> np.ndarray: # (3h/2, w) uint8 planes, both sides even
     "What a player shows of a frame, at the wanted size; raises `Rejection` where it cannot be converted."
-    try: planes = _planes(frame, *shown_size(frame, short_side, aspect))
+    try:
+        planes = _planes(frame, *shown_size(frame, short_side, aspect))
     except (OSError, ValueError) as e:
         raise Rejection('does not decode', f'pictures of the kind {frame.format.name}: {e}') from None
     symmetry = _symmetry(frame)

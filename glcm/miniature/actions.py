@@ -192,7 +192,8 @@ FILMS = (
 # %% ../../nbs/76_miniature.actions.ipynb #022
 def hmdb51_keys(groups: int, clips: int):
     "Every clip; the numbers are films, and clips of each film in each class."
-    if groups > len(FILMS): raise InputError(f'{groups} films for hmdb51: there are only {len(FILMS)}')
+    if groups > len(FILMS):
+        raise InputError(f'{groups} films for hmdb51: there are only {len(FILMS)}')
     return product(HMDB_ACTIONS.motions, range(groups), range(clips))
 
 def write_hmdb51_clip(folder, seed, label, group, number) -> tuple: # class, group, number and name
@@ -206,7 +207,8 @@ def write_hmdb51_clip(folder, seed, label, group, number) -> tuple: # class, gro
 # %% ../../nbs/76_miniature.actions.ipynb #023
 def _hmdb51_side(group, number, held_out, clips) -> int: # 1: train, 2: test, 0: neither
     "On which side of a split a clip is."
-    if (group, number) == (held_out[0], clips - 1): return 0
+    if (group, number) == (held_out[0], clips - 1):
+        return 0
     return 2 if group in held_out else 1
 
 def write_hmdb51_lists(folder, rows, sizes):

@@ -86,8 +86,10 @@ def deepfake_shot(
     if kind == 'shift':
         late = rng.choice([-1, 1])*rng.uniform(0.3, 0.6)
         shot.mouth = mouth_track(speech.phonemes, start + late, frames, DFDC_FPS)
-    if kind == 'eyes': shot.face = replace(shot.face, uneven=rng.choice([-1, 1])*rng.uniform(0.4, 0.5))
-    if kind == 'seam': shot.tint = _random_tint(rng)
+    if kind == 'eyes':
+        shot.face = replace(shot.face, uneven=rng.choice([-1, 1])*rng.uniform(0.4, 0.5))
+    if kind == 'seam':
+        shot.tint = _random_tint(rng)
     return shot
 
 # %% ../../nbs/75_miniature.deepfakes.ipynb #010
@@ -113,7 +115,8 @@ def draw_deepfake(
     canvases = background(rng, DFDC_SIZE, len(shot.mouth), DFDC_FPS)
     centres = draw_faces(canvases, [shot.face], [shot.mouth], DFDC_FPS)
     if shot.tint is not None:
-        for canvas, (centre,) in zip(canvases, centres): paste_face(canvas, shot.face, centre, shot.tint)
+        for canvas, (centre,) in zip(canvases, centres):
+            paste_face(canvas, shot.face, centre, shot.tint)
     return to_frames(canvases)
 
 # %% ../../nbs/75_miniature.deepfakes.ipynb #014

@@ -61,7 +61,8 @@ LEGACY = {
 def _encode_pictures(stream, frames) -> list: # of packets
     "Compress pictures."
     packets = []
-    for frame in frames: packets += stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24'))
+    for frame in frames:
+        packets += stream.encode(av.VideoFrame.from_ndarray(frame, format='rgb24'))
     return packets + stream.encode(None)
 
 def _encode_sound(stream, sound, delay) -> list: # of packets
@@ -89,13 +90,16 @@ def write_legacy_clip(
         video = file.add_stream(kind.video, rate=fps, options=options)
         video.height, video.width, video.pix_fmt = *frames.shape[1:3], 'yuv420p'
         video.codec_context.gop_size = 100
-        if tag: video.codec_context.codec_tag = tag
+        if tag:
+            video.codec_context.codec_tag = tag
         if sound is not None:
             audio = file.add_stream(kind.audio, rate=RATE, layout='mono', options={'flags': '+bitexact'})
             audio.bit_rate = 16000
         packets = _encode_pictures(video, frames)
-        if sound is not None: packets += _encode_sound(audio, sound, kind.audio_delay)
-        for packet in sorted(packets, key=lambda packet: packet.dts*packet.time_base): file.mux(packet)
+        if sound is not None:
+            packets += _encode_sound(audio, sound, kind.audio_delay)
+        for packet in sorted(packets, key=lambda packet: packet.dts*packet.time_base):
+            file.mux(packet)
 
 # %% ../../nbs/73_miniature.files.ipynb #015
 def write_lines(
@@ -142,5 +146,7 @@ def write_dataset(
         keys = list(dataset.keys(**sizes))
         rows = run(partial(_write_key, dataset.write_clip, home, seed), keys)
         rows = list(progress(rows, folder.name, len(keys)))
-        if dataset.write_lists: dataset.write_lists(home, rows, sizes)
-        if folder.exists(): raise InputError(f'{folder} has appeared meanwhile: it is left as it is')
+        if dataset.write_lists:
+            dataset.write_lists(home, rows, sizes)
+        if folder.exists():
+            raise InputError(f'{folder} has appeared meanwhile: it is left as it is')

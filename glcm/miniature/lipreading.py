@@ -61,7 +61,8 @@ def lrw_shot(
 def lrw_keys(train: int = 0, val: int = 0, test: int = 0):
     "Every clip; the numbers are clips of each word, each by its own speaker."
     for split, count in (('train', train), ('val', val), ('test', test)):
-        for word, index in product(LRW_WORDS, range(count)): yield split, word, index, count
+        for word, index in product(LRW_WORDS, range(count)):
+            yield split, word, index, count
 
 # %% ../../nbs/74_miniature.lipreading.ipynb #012
 def lrw_text(
@@ -139,7 +140,8 @@ def lrs2_keys(utterances: int, **programmes: int):
     "Every clip; the numbers are programmes of each part, and utterances of each programme."
     for part in LRS2_PARTS:
         count = programmes.get(part, 0)
-        for number, index in product(range(count), range(utterances)): yield part, number, index
+        for number, index in product(range(count), range(utterances)):
+            yield part, number, index
 
 # %% ../../nbs/74_miniature.lipreading.ipynb #021
 def lrs2_text(
@@ -170,7 +172,8 @@ def write_lrs2_clip(folder, seed, part, number, index) -> tuple: # part and line
 # %% ../../nbs/74_miniature.lipreading.ipynb #023
 def write_lrs2_lists(folder, rows, sizes):
     "Write the list of each part."
-    for part in LRS2_PARTS: write_lines(folder/f'{part}.txt', [line for where, line in rows if where == part])
+    for part in LRS2_PARTS:
+        write_lines(folder/f'{part}.txt', [line for where, line in rows if where == part])
 
 LRS2 = Dataset(
     dict(pretrain=6, train=8, val=2, test=4, utterances=5), lrs2_keys, write_lrs2_clip, write_lrs2_lists)
@@ -233,7 +236,8 @@ def grid_shot(
 # %% ../../nbs/74_miniature.lipreading.ipynb #032
 def grid_keys(people: int, sentences: int):
     "Every clip; the numbers are speakers, and sentences of each."
-    for speaker, index in product(range(people), range(sentences)): yield speaker, index, sentences
+    for speaker, index in product(range(people), range(sentences)):
+        yield speaker, index, sentences
 
 def grid_alignment(
     words: list, # (word, start, end) of each, in seconds

@@ -48,12 +48,15 @@ class _Collector:
         self.callback = _CALLBACK(self._collect)
 
     def _collect(self, samples, count, events):
-        if samples and count > 0: self.pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
+        if samples and count > 0:
+            self.pieces.append(np.ctypeslib.as_array(samples, (count,)).copy())
         k = 0
         while events[k].type:
             event, seconds = events[k], events[k].milliseconds/1000
-            if event.type == _WORD: self.words.append((seconds, event.text - 1))
-            if event.type == _PHONEME: self.phonemes.append((seconds, event.id.string.decode()))
+            if event.type == _WORD:
+                self.words.append((seconds, event.text - 1))
+            if event.type == _PHONEME:
+                self.phonemes.append((seconds, event.id.string.decode()))
             k += 1
         return 0
 
@@ -216,7 +219,8 @@ def _draw_mouth(shape, u, v, mouth, lips):
     shape(ellipse(u, v, 0, 0, a + 0.07, b + 0.09), lips)
     shape(hole, (0.2, 0.03, 0.05))
     shape(np.maximum(hole, circle(u, v, 0, b + 0.1, 0.16)), (0.8, 0.35, 0.38))
-    if opening > 0.08: shape(np.maximum(hole, v + 0.55*b), (0.97, 0.96, 0.92))
+    if opening > 0.08:
+        shape(np.maximum(hole, v + 0.55*b), (0.97, 0.96, 0.92))
 
 # %% ../../nbs/72_miniature.talking.ipynb #026
 def _draw_eye(shape, face, u, v, lid, side):
@@ -226,7 +230,8 @@ def _draw_eye(shape, face, u, v, lid, side):
     shape(white, (0.98, 0.98, 0.98) if lid < 0.7 else (0.15, 0.1, 0.1))
     shape(np.maximum(white, circle(x, v, 0, -0.08, size*0.62)), (0.12, 0.1, 0.12))
     shape(rounded_box(x, v + 0.34 + face.brow + 0.2*side*x, 0.17, 0.035, 0.03), np.array(face.hair)*0.7)
-    if face.glasses: shape(np.abs(circle(x, v, 0, -0.08, 0.25)) - 0.03, (0.1, 0.1, 0.12))
+    if face.glasses:
+        shape(np.abs(circle(x, v, 0, -0.08, 0.25)) - 0.03, (0.1, 0.1, 0.12))
 
 # %% ../../nbs/72_miniature.talking.ipynb #027
 def _draw_body(shape, face, x, y, light):
@@ -238,11 +243,14 @@ def _draw_head(shape, face, u, v, light):
     "Ears, head, beard and hair."
     hair = np.asarray(face.hair)
     head = ellipse(u, v, 0, 0, face.cheek, 1) + 0.12*np.clip(v, 0, 1)*(np.abs(u) < 2)
-    for side in (-1, 1): shape(ellipse(u, v, side*face.cheek, 0.02, 0.13, 0.2), face.skin*0.88)
+    for side in (-1, 1):
+        shape(ellipse(u, v, side*face.cheek, 0.02, 0.13, 0.2), face.skin*0.88)
     shape(head - 0.03, face.skin*0.55)
     shape(head, np.clip(face.skin*light, 0, 1))
-    if face.beard: shape(np.maximum(head, 0.22 + 0.25*np.cos(3.2*u) - v), hair*0.9)
-    if face.style == 'bald': return
+    if face.beard:
+        shape(np.maximum(head, 0.22 + 0.25*np.cos(3.2*u) - v), hair*0.9)
+    if face.style == 'bald':
+        return
     hairline = v + 0.5 - 0.35*np.abs(u)**2 + 0.1*np.sin(4*u + face.brow*40)
     shape(np.maximum(head - 0.1, hairline), hair*light)
 
@@ -250,8 +258,10 @@ def _draw_head(shape, face, u, v, light):
 def _draw_hair_behind(shape, face, u, v):
     "What is seen of long hair and of a bun behind the head."
     hair = np.asarray(face.hair)
-    if face.style == 'long': shape(rounded_box(u, v - 0.25, face.cheek + 0.2, 1.25, 0.8), hair*0.75)
-    if face.style == 'bun': shape(circle(u, v, 0, -1.12, 0.36), hair*0.85)
+    if face.style == 'long':
+        shape(rounded_box(u, v - 0.25, face.cheek + 0.2, 1.25, 0.8), hair*0.75)
+    if face.style == 'bun':
+        shape(circle(u, v, 0, -1.12, 0.36), hair*0.85)
 
 # %% ../../nbs/72_miniature.talking.ipynb #029
 def draw_face(
@@ -273,8 +283,10 @@ def draw_face(
     _draw_hair_behind(shape, face, u, v)
     _draw_body(shape, face, x, y, light)
     _draw_head(shape, face, u, v, light)
-    for eye in (-1, 1): _draw_eye(shape, face, u, v, lid, eye)
-    if face.glasses: shape(rounded_box(u, v + 0.1, 0.09, 0.025, 0.02), (0.1, 0.1, 0.12))
+    for eye in (-1, 1):
+        _draw_eye(shape, face, u, v, lid, eye)
+    if face.glasses:
+        shape(rounded_box(u, v + 0.1, 0.09, 0.025, 0.02), (0.1, 0.1, 0.12))
     nose = cover(ellipse(u, v, 0.02, 0.17, 0.08, 0.13), 1/size)
     paint(canvas, 0.8*nose, face.skin*0.86)
     _draw_mouth(shape, u, v, mouth, face.lips)

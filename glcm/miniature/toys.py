@@ -322,7 +322,8 @@ class Toy:
         drift = self.drift[:2]*np.sin(2*np.pi*middle/5 + self.drift[2:])
         centre = np.array([self.x, self.y]) + drift
         radii = self.radius*(1 + 0.45*e[:, None]*np.ones(2))
-        if self.hops: radii = self._hop(centre, e, middle)
+        if self.hops:
+            radii = self._hop(centre, e, middle)
         return [Pose(c*side, r*side, self.tilt, flash) for c, r, flash in zip(centre, radii, e)]
 
     def _hop(self, centre, e, middle):
@@ -349,7 +350,8 @@ def place_toys(
         centres = rng.uniform(margin, np.array(sides) - margin)
         distances = np.linalg.norm(centres[:, None] - centres[None], axis=-1)
         gaps = distances - 1.25*(radii[:, None] + radii[None])
-        if gaps[~np.eye(count, dtype=bool)].min() > 0.02: return radii, centres
+        if gaps[~np.eye(count, dtype=bool)].min() > 0.02:
+            return radii, centres
 
 # %% ../../nbs/71_miniature.toys.ipynb #036
 def random_toy(

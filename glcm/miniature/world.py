@@ -32,7 +32,8 @@ from .toys import ESC, bounding_boxes, field_recording, toy_scene
 def kinetics700_keys(train: int = 0, validate: int = 0):
     "Every clip; the numbers are clips of each split."
     for split, count in (('train', train), ('validate', validate)):
-        for index in range(count): yield split, index
+        for index in range(count):
+            yield split, index
 
 # %% ../../nbs/77_miniature.world.ipynb #006
 def write_kinetics700_clip(folder, seed, split, index) -> tuple: # a row of the csv
@@ -190,7 +191,8 @@ def write_world(
         for name, numbers in sizes.items():
             write_dataset(folder/name, DATASETS[name], numbers, seed, pool.map if pool else map)
     finally:
-        if pool: pool.shutdown(cancel_futures=True)
+        if pool:
+            pool.shutdown(cancel_futures=True)
 
 # %% ../../nbs/77_miniature.world.ipynb #036
 @call_parse
@@ -200,5 +202,7 @@ def main(
     workers: int = 2, # processes
 ):
     "Write the miniature world."
-    try: write_world(folder, seed=seed, workers=workers)
-    except InputError as error: raise SystemExit(str(error)) from None
+    try:
+        write_world(folder, seed=seed, workers=workers)
+    except InputError as error:
+        raise SystemExit(str(error)) from None

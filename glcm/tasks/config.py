@@ -47,9 +47,12 @@ class TaskConfig:
     precision: Precision = 'auto' # of the network
 
     def __post_init__(self):
-        if 0 < self.crop < 32: raise InputError(f'crop should be even and at least 32 pixels, or 0 for views.crop, not {self.crop}')
-        if self.modality != 'video' and not self.frames: raise InputError(f'with {self.modality}, frames should say how long a window is')
-        if self.choose: self._check_candidates()
+        if 0 < self.crop < 32:
+            raise InputError(f'crop should be even and at least 32 pixels, or 0 for views.crop, not {self.crop}')
+        if self.modality != 'video' and not self.frames:
+            raise InputError(f'with {self.modality}, frames should say how long a window is')
+        if self.choose:
+            self._check_candidates()
 
     def _check_candidates(self):
         "Raise `InputError` where candidates differ in more than how they are trained, or would be chosen on what is tested."
@@ -93,7 +96,8 @@ class SentenceConfig(TaskConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.size % (2*self.heads): raise InputError(f'size {self.size} is not divisible by twice the {self.heads} heads')
+        if self.size % (2*self.heads):
+            raise InputError(f'size {self.size} is not divisible by twice the {self.heads} heads')
         if (self.modality, self.frames, self.windows, self.crops) != ('video', 0, 1, 1):
             raise InputError('sentences are read once, from whole clips of pictures: modality is video, frames 0, windows 1 and crops 1')
 
@@ -116,7 +120,8 @@ def task_config(
 ) -> TaskConfig:
     "The configuration of a task; raises `InputError` for anything that does not fit together."
     for section, name in (('finetune', task), ('settings', setting), ('datasets', task)):
-        if name not in section_of(params, section): raise InputError(f'{section} in params.yaml has no {name!r}; there are: {", ".join(params[section])}')
+        if name not in section_of(params, section):
+            raise InputError(f'{section} in params.yaml has no {name!r}; there are: {", ".join(params[section])}')
     values = section_of(params['finetune'], task) | section_of(params['settings'], setting)
     config = parse_task(values, f'finetune.{task}' + (f' with settings.{setting}' if setting != 'plain' else ''))
     dataset, needed = section_of(params['datasets'], task), CROPS.get(config.input, 'none')

@@ -40,9 +40,11 @@ def save_tensors(
 ):
     "Write a file by `torch.save`, whole or not at all; raises `OSError` where the disk is full."
     with atomic_path(path) as scratch, open(scratch, 'wb') as file:
-        try: torch.save(content, file)
+        try:
+            torch.save(content, file)
         except RuntimeError as e: # PyTorch's own, when the disk is full
-            if isinstance(e.__context__, OSError): raise e.__context__ from None
+            if isinstance(e.__context__, OSError):
+                raise e.__context__ from None
             raise
         file.flush()
         os.fsync(file.fileno()) # on the disk before it gets its name
@@ -138,8 +140,10 @@ def code_hash(
 
 def code_version() -> dict: # code: a hash of the modules that pretraining runs; commit: of git, where there is one
     "Which code is running."
-    try: commit = subprocess.run(['git', '-C', glcm.__path__[0], 'rev-parse', '--short=12', 'HEAD'], capture_output=True, text=True).stdout.strip()
-    except OSError: commit = '' # no git here
+    try:
+        commit = subprocess.run(['git', '-C', glcm.__path__[0], 'rev-parse', '--short=12', 'HEAD'], capture_output=True, text=True).stdout.strip()
+    except OSError:
+        commit = '' # no git here
     return dict(code=code_hash('training.pretrain'), commit=commit or 'no commit')
 
 # %% ../../nbs/31_training.checkpoints.ipynb #020b

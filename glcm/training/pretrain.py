@@ -336,4 +336,5 @@ def main(arguments: list[str] | None = None):
         sys.exit(str(e))
 
 # %% ../../nbs/34_training.pretrain.ipynb #020
-if __name__ == '__main__' and __package__: main() # `python -m glcm.training.pretrain`; a notebook is in no package
+if __name__ == '__main__' and __package__:
+    main() # `python -m glcm.training.pretrain`; a notebook is in no package
