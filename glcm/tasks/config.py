@@ -24,14 +24,14 @@ Steps = Annotated[StrictInt, Field(ge=0, le=100_000)]
 @configuration
 class TaskConfig:
     "How a model is finetuned for a dataset: the dataset's entry under `finetune` in params.yaml."
-    target: Literal['label', 'fake'] # what is to be told: a class, or FAKE or REAL
+    target: Literal['label', 'fake'] # what is predicted: a class, or FAKE or REAL
     epochs: Annotated[StrictInt, Field(ge=1, le=100_000)] # passes over the training clips
     batch: Annotated[StrictInt, Field(ge=2, le=100_000)] # windows per step
     lr: LearningRate      # of AdamW, falling to 0 by a cosine
     weight_decay: WeightDecay # decoupled, as in AdamW
     frames: Steps = 0     # in a window; 0: the whole clip
     windows: Annotated[StrictInt, Field(ge=1, le=1_000)] = 1 # of a clip whose outcomes are averaged in testing
-    modality: Literal['video', 'audio', 'video+audio'] = 'video' # what is shown
+    modality: Literal['video', 'audio', 'video+audio'] = 'video' # input
     features: Literal['global', 'local', 'global+local'] = 'global+local' # of the pictures
     input: Literal['lip_crop', 'face_crop', 'full_frame', 'full_frame+attention'] = 'full_frame' # of the pictures
     crop: Annotated[StrictInt, Field(ge=0, le=4096, multiple_of=2)] = 0 # side of the square cut out of the frames, pixels; 0: views.crop
@@ -86,7 +86,7 @@ class TaskConfig:
 @configuration
 class SentenceConfig(TaskConfig):
     "How a model is finetuned to read sentences."
-    target: Literal['text'] # what is to be told: a sentence
+    target: Literal['text'] # what is predicted: a sentence
     layers: Annotated[StrictInt, Field(ge=1, le=64)] = 2 # of the transformer that reads the features, and of the one that writes the characters
     size: Annotated[StrictInt, Field(ge=1, le=8_192)] = 128 # channels of both
     heads: Annotated[StrictInt, Field(ge=1, le=128)] = 4 # attention heads of both
