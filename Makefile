@@ -34,11 +34,11 @@ seeds: $(READY) data-present
 	@trap 'mv .dvc/tmp/params.yaml params.yaml' EXIT INT TERM; \
 	    $(BIN)/dvc exp run --set-param study=seeds --set-param 'grid.seeds=[0,1,2]'
 
-# Two notebooks at a time, a thread each.
+# Two notebooks or files of tests at a time, a thread each.
 test slow: export OMP_NUM_THREADS = 1
 test: $(READY) data-present
 	@$(BIN)/nbdev_test --n_workers 2 --do_print --timing
-	@$(BIN)/pytest
+	@$(BIN)/pytest -n 2 --dist loadfile
 
 slow: $(READY) data-present
 	@$(BIN)/nbdev_test --flags slow --n_workers 1 --do_print --timing
