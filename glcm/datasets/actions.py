@@ -107,7 +107,7 @@ def hmdb_clip(
 
 # %% ../../nbs/27_datasets.actions.ipynb #014
 def hmdb51(
-    folder: Path, # holds testTrainMulti_7030_splits, and folders of the classes (or these in hmdb51_org or videos)
+    folder: Path, # holds testTrainMulti_7030_splits and the class folders, or hmdb51_org or videos with these
 ) -> pd.DataFrame: # the catalogue, with three splits
     "HMDB51 (Kuehne et al. 2011): 51 actions."
     place = folder/'testTrainMulti_7030_splits'
