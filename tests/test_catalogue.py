@@ -7,10 +7,9 @@ import numpy as np
 import pytest
 
 from glcm.core import InputError, inside
-from glcm.datasets.benchmarks import window
+from glcm.data.table import COLUMNS, clip_name, training_order
 from glcm.datasets.catalogue import EXPECTED, READERS, leaks, read_catalogue
-from glcm.data.table import training_order
-from glcm.data.table import COLUMNS, clip_name
+from glcm.datasets.lipreading import word_window
 
 ALIGN = '0 5000 sil\n5000 10000 bin\n10000 15000 blue\n15000 20000 at\n20000 21000 sp\n21000 25000 f\n25000 30000 two\n30000 74500 now\n'
 KINETICS = 'label,youtube_id,time_start,time_end,split\n'
@@ -267,7 +266,7 @@ def test_grid_words_lie_in_their_windows(tmp_path):
     for row, (s, e) in zip(words.itertuples(), spoken):
         assert 0 <= row.start and row.end <= 74500/25000 and row.end - row.start == pytest.approx(1.16)
         assert row.start + row.words[0][1] == pytest.approx(max(s, row.start)) and row.start + row.words[0][2] == pytest.approx(min(e, row.end))
-    assert window(['x', 0.2, 0.4], (0.1, 0.9)) == (0.1, 1.26)
+    assert word_window(['x', 0.2, 0.4], (0.1, 0.9)) == (0.1, 1.26)
 
 
 def test_both_official_grid_layouts(tmp_path):
