@@ -18,7 +18,9 @@ from glcm.core import InputError, inside
 from glcm.data.audio import AudioConfig
 from glcm.datasets.catalogue import read_catalogue
 from glcm.data.table import MEDIA, SOUND, VIDEO, csv_rows, listing
-from glcm.data.preprocess import REMEDIES, ClipConfig, media_file, preprocess, summary
+from glcm.data.clip import ClipConfig
+from glcm.data.preprocess import REMEDIES, preprocess, summary
+from glcm.data.workers import media_file
 from glcm.data.shards import ClipStore, StoreConfig
 from glcm.data.video import Rejection, write_video
 
