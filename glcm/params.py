@@ -24,8 +24,9 @@ from pydantic import Field, StrictInt, StrictStr, TypeAdapter
 from .core import FolderName, InputError, Name, Seed, atomic_path, configuration, mistakes, parse, read_params, root, values_of
 from .data.audio import AudioConfig
 from .datasets.catalogue import READERS
-from .data.preprocess import ClipConfig, PreprocessConfig
+from .data.clip import ClipConfig
 from .data.shards import StoreConfig
+from .data.workers import PreprocessConfig
 from .data.views import ViewConfig
 from .losses import LossConfig
 from .model import ModelConfig

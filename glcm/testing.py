@@ -13,7 +13,8 @@ from .core import override, parse, read_params
 from .data.audio import AudioConfig
 from .datasets.catalogue import read_catalogue
 from .miniature.world import write_world
-from .data.preprocess import ClipConfig, preprocess
+from .data.clip import ClipConfig
+from .data.preprocess import preprocess
 from .data.shards import ClipStore, StoreConfig
 from .tasks.localize import localize, measure_synchronisation
 from .tasks.finetune import finetune

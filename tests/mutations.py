@@ -14,8 +14,9 @@ from PIL import Image
 from glcm.core import parse, read_params
 from glcm.data.audio import LEVELS, AudioConfig
 from glcm.data.damage import Rejection
-from glcm.data.preprocess import ClipConfig, Decoder, Settings
+from glcm.data.clip import ClipConfig, Settings
 from glcm.data.shards import StoreConfig
+from glcm.data.workers import Decoder
 from glcm.data.video import write_video
 
 ABSURD = [0, 1, 2, 255, 65535, 1 << 24, (1 << 31) - 1, 1 << 31, (1 << 32) - 1] # values that no honest header has

@@ -64,10 +64,13 @@ def test_every_reader_gives_the_same_columns_of_plain_values(reader, tmp_path):
 @pytest.mark.parametrize('reader', READERS)
 def test_wrong_nesting_and_empty_folders_say_what_was_expected(reader, tmp_path):
     (tmp_path/'empty').mkdir()
-    with pytest.raises(InputError, match='^mine: '): read_catalogue(reader, tmp_path/'empty', 'mine')
+    with pytest.raises(InputError, match='^mine: '):
+        read_catalogue(reader, tmp_path/'empty', 'mine')
     put(tmp_path/'deep'/'down'/'below', GOOD[reader])
-    if reader == 'folder': return
-    with pytest.raises(InputError) as error: read_catalogue(reader, tmp_path/'deep')
+    if reader == 'folder':
+        return
+    with pytest.raises(InputError) as error:
+        read_catalogue(reader, tmp_path/'deep')
     assert 'expected' in str(error.value) or 'no file' in str(error.value)
 
 
@@ -91,9 +94,12 @@ WHOLE = [ # what is wrong with a list as a whole: reader, file to replace, its c
 @pytest.mark.parametrize('reader, file, content, message', WHOLE)
 def test_a_fault_of_a_whole_list_is_an_error_that_names_it(reader, file, content, message, tmp_path):
     put(tmp_path, GOOD[reader])
-    if content is None: (tmp_path/file).unlink()
-    else: put(tmp_path, {file: content})
-    with pytest.raises(InputError, match=message): read_catalogue(reader, tmp_path)
+    if content is None:
+        (tmp_path/file).unlink()
+    else:
+        put(tmp_path, {file: content})
+    with pytest.raises(InputError, match=message):
+        read_catalogue(reader, tmp_path)
 
 
 LINES = [ # one line that is wrong: reader, file to replace, its content (None: remove it), the clip or line, what the problem says
@@ -140,8 +146,10 @@ LINES = [ # one line that is wrong: reader, file to replace, its content (None: 
 @pytest.mark.parametrize('reader, file, content, clip, problem', LINES)
 def test_a_line_that_is_wrong_is_one_row_with_its_problem(reader, file, content, clip, problem, tmp_path):
     put(tmp_path, GOOD[reader])
-    if content is None: (tmp_path/file).unlink()
-    else: put(tmp_path, {file: content})
+    if content is None:
+        (tmp_path/file).unlink()
+    else:
+        put(tmp_path, {file: content})
     table = read_catalogue(reader, tmp_path)
     wrong = table[table.problem.notna()]
     assert wrong['clip'].tolist() == [clip_name(clip)] and problem in wrong.problem.iloc[0]
@@ -187,14 +195,17 @@ def test_a_path_that_leads_outside_stays_recognisable(reader, file, content, tmp
     for row in table.itertuples():
         assert inside(tmp_path, row.clip).parent == tmp_path
         (tmp_path/row.clip).touch()
-        try: inside(tmp_path/'data', row.path)
-        except InputError: outside += 1
+        try:
+            inside(tmp_path/'data', row.path)
+        except InputError:
+            outside += 1
     assert outside == 1
 
 
 def test_clip_names_are_files_and_differ(tmp_path):
     names = ['a', 'a/b', 'a%2Fb', 'a\\b', '.a', '..', '.', 'ü', 'ü'*200, 'ü'*201, 'a\0b', 'a\nb', 'x'*300, 'con:1', '\udcff.mp4']
-    for name in names: (tmp_path/clip_name(name)).touch()
+    for name in names:
+        (tmp_path/clip_name(name)).touch()
     assert len(list(tmp_path.iterdir())) == len(names)
 
 
@@ -295,8 +306,10 @@ def test_flickr_boxes_of_all_annotators_make_the_published_map(tmp_path):
     boxes = ''.join(f'<a><bbox><t>box</t><a>{a}</a><b>{b}</b><c>{c}</c><d>{d}</d></bbox></a>' for a, b, c, d in people)
     table = read_catalogue('flickr_soundnet', put(tmp_path, {'Annotations/12.xml': f'<r>{boxes}</r>'}))
     published, ours = np.zeros((256, 256)), np.zeros((256, 256))
-    for x1, y1, x2, y2 in people: published[y1:y2, x1:x2] += 1/2
-    for x1, y1, x2, y2, weight in table.boxes[0]: ours[round(256*y1):round(256*y2), round(256*x1):round(256*x2)] += weight
+    for x1, y1, x2, y2 in people:
+        published[y1:y2, x1:x2] += 1/2
+    for x1, y1, x2, y2, weight in table.boxes[0]:
+        ours[round(256*y1):round(256*y2), round(256*x1):round(256*x2)] += weight
     assert np.array_equal(ours, published) and set(published[0].clip(max=1)) == {0.5, 1}
 
 

@@ -1,5 +1,6 @@
 """Films with odd clocks, odd streams and odd names: flash and beep meet, or the file is refused for the right reason."""
 import struct
+from contextlib import contextmanager
 from fractions import Fraction
 
 import av
@@ -17,8 +18,10 @@ FLASHES = (1.0, 2.6) # seconds, 0.2 s each; a tone sounds meanwhile
 def pictures(seconds=4, fps=25):
     "A dark film with flashes, and a corner by which every picture can be told from its neighbours."
     frames = np.full((seconds*fps, 64, 96, 3), 20, np.uint8)
-    for flash in FLASHES: frames[round(flash*fps):round((flash + 0.2)*fps)] = 235
-    for k, frame in enumerate(frames): frame[:16, :16] = k*11 % 200
+    for flash in FLASHES:
+        frames[round(flash*fps):round((flash + 0.2)*fps)] = 235
+    for k, frame in enumerate(frames):
+        frame[:16, :16] = k*11 % 200
     return frames
 
 
@@ -36,14 +39,17 @@ def packets(container, seconds=4, sounds=1, gop=25, codec='aac', options=None):
     video.width, video.height, video.pix_fmt = 96, 64, 'yuv420p'
     video.options = {'crf': '12', 'g': str(gop), 'bf': '2'} | (options or {})
     made = []
-    for picture in pictures(seconds): made += video.encode(av.VideoFrame.from_ndarray(picture, format='rgb24'))
+    for picture in pictures(seconds):
+        made += video.encode(av.VideoFrame.from_ndarray(picture, format='rgb24'))
     made += video.encode(None)
     for _ in range(sounds):
         audio = container.add_stream(codec, rate=RATE, layout='mono')
-        if codec == 'aac': audio.options = {'aac_pns': '0'} # else the decoder fills in noise at random
+        if codec == 'aac':
+            audio.options = {'aac_pns': '0'} # else the decoder fills in noise at random
         sound = av.AudioFrame.from_ndarray(tone(seconds)[None], format='fltp', layout='mono')
         sound.sample_rate, sound.pts, sound.time_base = RATE, 0, Fraction(1, RATE)
-        for piece in split(sound, audio.frame_size or 1024): made += audio.encode(piece)
+        for piece in split(sound, audio.frame_size or 1024):
+            made += audio.encode(piece)
         made += audio.encode(None)
     return sorted(made, key=lambda packet: float(packet.dts*packet.time_base))
 
@@ -63,7 +69,8 @@ def film(path, keep=lambda packet, number: True, **how):
     with av.open(str(path), 'w') as container:
         for packet in packets(container, **how):
             number = counts[packet.stream.index] = counts.get(packet.stream.index, -1) + 1
-            if keep(packet, number): container.mux(packet)
+            if keep(packet, number):
+                container.mux(packet)
     return path
 
 
@@ -95,7 +102,8 @@ def test_lost_sound_does_not_move_the_rest(tmp_path, suffix, every):
 
 
 def test_pauses_in_which_nothing_is_sent(tmp_path):
-    path = film(tmp_path/'dtx.mkv', lambda packet, number: packet.stream.type == 'video' or number in range(46, 58) or number in range(121, 133))
+    sent = [*range(46, 58), *range(121, 133)]
+    path = film(tmp_path/'dtx.mkv', lambda packet, number: packet.stream.type == 'video' or number in sent)
     assert_in_step(read_recording(path, 10, 64, 24000))
 
 
@@ -123,7 +131,8 @@ def test_leading_pictures_of_an_open_group_are_dropped(tmp_path):
         keys = 0
         for packet in source.demux():
             keys += packet.stream.type == 'video' and packet.is_keyframe
-            if packet.dts is None or packet.stream.type == 'video' and keys < 2: continue
+            if packet.dts is None or packet.stream.type == 'video' and keys < 2:
+                continue
             packet.stream = streams[packet.stream]
             out.mux(packet)
     flashes, beeps = flashes_and_beeps(read_recording(tmp_path/'cut.mkv', 10, 64, 24000))
@@ -148,28 +157,32 @@ def test_damage_in_the_middle_is_refused(tmp_path):
     data = bytearray(film(tmp_path/'film.mkv').read_bytes())
     data[len(data)//2:len(data)//2 + 4000] = bytes(4000)
     (tmp_path/'film.mkv').write_bytes(data)
-    with pytest.raises(Rejection, match='does not decode'): read_recording(tmp_path/'film.mkv', 10, 64, 24000)
+    with pytest.raises(Rejection, match='does not decode'):
+        read_recording(tmp_path/'film.mkv', 10, 64, 24000)
 
 
 def still(path, seconds, count):
     "So many pictures, each shown for so long, over a tone."
+    waveform = np.tile(tone(), -(-seconds*count//4))[:seconds*count*RATE]
+    sound = av.AudioFrame.from_ndarray(np.ascontiguousarray(waveform[None]), format='fltp', layout='mono')
     with av.open(str(path), 'w') as container:
-        video, audio = container.add_stream('libx264', rate=Fraction(1, seconds)), container.add_stream('aac', rate=RATE, layout='mono')
+        video = container.add_stream('libx264', rate=Fraction(1, seconds))
+        audio = container.add_stream('aac', rate=RATE, layout='mono')
         video.width, video.height, video.pix_fmt = 96, 64, 'yuv420p'
-        for picture in pictures()[:count]: container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format='rgb24')))
+        for picture in pictures()[:count]:
+            container.mux(video.encode(av.VideoFrame.from_ndarray(picture, format='rgb24')))
         container.mux(video.encode(None))
-        sound = av.AudioFrame.from_ndarray(np.tile(tone(), -(-seconds*count//4))[None, :seconds*count*RATE], format='fltp', layout='mono')
-        sound.sample_rate, sound.pts, sound.time_base = RATE, 0, Fraction(1, RATE)
-        for piece in split(sound, 1024): container.mux(audio.encode(piece))
+        for piece in split(sound, 1024):
+            container.mux(audio.encode(piece))
         container.mux(audio.encode(None))
     return path
 
 
 @pytest.mark.parametrize('suffix', ['mp4', 'mkv'])
-@pytest.mark.parametrize('seconds,count', [(4, 1), (40, 2)])
+@pytest.mark.parametrize('seconds,count', [(4, 1), (12, 2)])
 def test_a_still_lasts_as_long_as_the_file_says(tmp_path, suffix, seconds, count):
     recording = read_recording(still(tmp_path/f'still.{suffix}', seconds, count), 10, 32, 24000)
-    assert abs(len(recording.planes) - 10*seconds*count) <= 2 or suffix == 'mkv' and len(recording.planes) >= 10*seconds*(count - 1)
+    assert abs(len(recording.planes) - 10*seconds*count) <= 2
 
 
 @pytest.mark.parametrize('promised', [1.0, 100.0])
@@ -187,7 +200,8 @@ def test_the_default_sound_track_is_read(tmp_path):
         silent, spoken = container.streams.audio
         silent.disposition, spoken.disposition = av.stream.Disposition(0), av.stream.Disposition.default
         for packet in made:
-            if packet.stream is not silent or packet.dts < RATE: container.mux(packet)
+            if packet.stream is not silent or packet.dts < RATE:
+                container.mux(packet)
     assert_in_step(read_recording(tmp_path/'film.mkv', 10, 64, 24000))
 
 
@@ -196,10 +210,13 @@ def test_a_cover_in_front_is_not_the_film(tmp_path, attached):
     with av.open(str(tmp_path/'film.mp4'), 'w') as container:
         cover = container.add_stream('mjpeg', rate=1)
         cover.width, cover.height, cover.pix_fmt = 64, 64, 'yuvj420p'
-        if attached: cover.disposition = av.stream.Disposition.attached_pic
-        image = cover.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format='rgb24')) + cover.encode(None)
+        if attached:
+            cover.disposition = av.stream.Disposition.attached_pic
+        black = av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format='rgb24')
+        image = cover.encode(black) + cover.encode(None)
         made = packets(container)
-        for packet in image + made: container.mux(packet)
+        for packet in image + made:
+            container.mux(packet)
     assert_in_step(read_recording(tmp_path/'film.mp4', 10, 64, 24000))
 
 
@@ -210,13 +227,19 @@ def test_a_name_is_never_a_protocol(tmp_path, monkeypatch, name):
     assert_in_step(read_recording(name, 10, 64, 24000))
 
 
-@pytest.mark.parametrize('name,text', [('list.mp4', 'ffconcat version 1.0\nfile film.mp4\n'),
-                                       ('list.m3u8', '#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:4.0,\nfilm.ts\n#EXT-X-ENDLIST\n')])
+PLAYLISTS = [
+    ('list.mp4', 'ffconcat version 1.0\nfile film.mp4\n'),
+    ('list.m3u8', '#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:4.0,\nfilm.ts\n#EXT-X-ENDLIST\n'),
+]
+
+
+@pytest.mark.parametrize('name,text', PLAYLISTS)
 def test_a_playlist_is_no_film(tmp_path, name, text):
     film(tmp_path/'film.mp4')
     film(tmp_path/'film.ts')
     (tmp_path/name).write_text(text)
-    with pytest.raises(Rejection, match='list of other files'): read_recording(tmp_path/name, 10, 64, 24000)
+    with pytest.raises(Rejection, match='list of other files'):
+        read_recording(tmp_path/name, 10, 64, 24000)
 
 
 def test_sound_that_ends_before_the_first_picture(tmp_path):
@@ -226,10 +249,14 @@ def test_sound_that_ends_before_the_first_picture(tmp_path):
                 packet.pts += round(35/packet.time_base)
                 packet.dts += round(35/packet.time_base)
             container.mux(packet)
-    with pytest.raises(Rejection, match='sound ends before the first picture'): read_recording(tmp_path/'late.mkv', 10, 64, 24000)
+    with pytest.raises(Rejection, match='sound ends before the first picture'):
+        read_recording(tmp_path/'late.mkv', 10, 64, 24000)
 
 
-@pytest.mark.parametrize('suffix,codec', [('mp4', 'aac'), ('mkv', 'aac'), ('webm', 'libopus'), ('ts', 'aac'), ('avi', 'mp3'), ('mov', 'pcm_s16le')])
+FORMATS = [('mp4', 'aac'), ('mkv', 'aac'), ('webm', 'libopus'), ('ts', 'aac'), ('avi', 'mp3'), ('mov', 'pcm_s16le')]
+
+
+@pytest.mark.parametrize('suffix,codec', FORMATS)
 @pytest.mark.parametrize('start,end', [(0.5, 2.0), (5.3, 7.1), (7.0, None)])
 def test_a_span_is_what_the_whole_film_holds(tmp_path, suffix, codec, start, end):
     container = 'mkv' if suffix == 'webm' else suffix
@@ -241,31 +268,36 @@ def test_a_span_is_what_the_whole_film_holds(tmp_path, suffix, codec, start, end
     np.testing.assert_allclose(span.waveform, whole.waveform[samples], atol=1e-3)
 
 
+class Counted:
+    "A decoding whose frames are counted."
+    def __init__(self, source, frames):
+        self.source, self.counted = source, frames
+
+    def __getattr__(self, name):
+        return getattr(self.source, name)
+
+    def frames(self):
+        for frame in self.source.frames():
+            self.counted.append(frame)
+            yield frame
+
+
 def test_a_span_of_a_long_film_is_found_by_seeking(tmp_path, monkeypatch):
-    path, decoded = film(tmp_path/'film.mp4', seconds=60), []
-    def planes(renderer, frame):
-        decoded.append(frame.time)
-        return np.zeros((96, 64), np.uint8)
-    monkeypatch.setattr(glcm.data.video.Renderer, 'planes', planes)
-    read = glcm.data.video.decoding
-    frames = []
-    class Counted:
-        def __init__(self, source): self.source = source
-        def __getattr__(self, name): return getattr(self.source, name)
-        def frames(self):
-            for frame in self.source.frames():
-                frames.append(frame)
-                yield frame
-    from contextlib import contextmanager
+    path, frames, decoding = film(tmp_path/'film.mp4', seconds=24), [], glcm.data.video.decoding
     @contextmanager
     def counted(*args, **kwargs):
-        with read(*args, **kwargs) as source: yield Counted(source)
+        with decoding(*args, **kwargs) as source:
+            yield Counted(source, frames)
     monkeypatch.setattr(glcm.data.video, 'decoding', counted)
-    assert len(read_recording(path, 10, 64, 24000, 50, 52).planes) == 20
-    assert len(frames) < 500 # of 4300
+    assert len(read_recording(path, 10, 64, 24000, 18, 20).planes) == 20
+    assert len(frames) < 500 # of 1700
+    frames.clear()
+    read_recording(path, 10, 64, 24000)
+    assert len(frames) > 1700
 
 
 def test_a_film_that_does_not_fit_is_refused_early(tmp_path, monkeypatch):
     path = film(tmp_path/'film.mp4')
     monkeypatch.setattr(glcm.data.video, 'LARGEST', 100_000)
-    with pytest.raises(Rejection, match='too large.*start and end'): read_recording(path, 10, 64, 24000)
+    with pytest.raises(Rejection, match='too large.*start and end'):
+        read_recording(path, 10, 64, 24000)

@@ -14,7 +14,7 @@ from glcm.data.faces import (EYES_AND_NOSE, LIP_CORNERS, MEAN_FACE, align_crop, 
 from glcm.data.audio import AudioConfig
 from glcm.data.damage import Rejection
 from glcm.data.planes import from_rgb
-from glcm.data.preprocess import ClipConfig, Settings, encode_clip
+from glcm.data.clip import ClipConfig, Settings, encode_clip
 from glcm.data.shards import StoreConfig
 from glcm.data.video import read_recording
 

@@ -18,7 +18,9 @@ from glcm.core import InputError, inside
 from glcm.data.audio import AudioConfig
 from glcm.datasets.catalogue import read_catalogue
 from glcm.data.table import MEDIA, SOUND, VIDEO, csv_rows, listing
-from glcm.data.preprocess import REMEDIES, ClipConfig, media_file, preprocess, summary
+from glcm.data.clip import ClipConfig
+from glcm.data.preprocess import REMEDIES, preprocess, summary
+from glcm.data.workers import media_file
 from glcm.data.shards import ClipStore, StoreConfig
 from glcm.data.video import Rejection, write_video
 
@@ -33,9 +35,12 @@ def put(folder, files):
     for name, what in files.items():
         path = Path(os.fsdecode(os.fsencode(folder) + b'/' + os.fsencode(name)))
         path.parent.mkdir(parents=True, exist_ok=True)
-        if what is None: os.mkfifo(path)
-        elif isinstance(what, Path): path.symlink_to(what)
-        else: path.write_bytes(what if isinstance(what, bytes) else what.encode())
+        if what is None:
+            os.mkfifo(path)
+        elif isinstance(what, Path):
+            path.symlink_to(what)
+        else:
+            path.write_bytes(what if isinstance(what, bytes) else what.encode())
     return folder
 
 
@@ -85,7 +90,8 @@ def test_every_ending_of_ffmpeg_is_media_or_known_to_be_none():
             try:
                 ContainerFormat(name, 'r')
                 known |= ContainerFormat(name, mode).extensions
-            except ValueError: pass # a format that is only written, or only read
+            except ValueError:
+                pass # a format that is only written, or only read
     assert {'mp4', 'wav', 'ts', 'caf', 'au', 'amr'} <= known
     others = set(' '.join([PICTURES, TEXTS, WITHOUT_HEADER, GAMES_AND_INSTRUMENTS]).split())
     assert sorted(e for e in known if f'.{e}' not in MEDIA | {f'.{o}' for o in others}) == []
@@ -107,14 +113,17 @@ def test_endings_that_people_have(tmp_path):
 @pytest.mark.parametrize('endings', [('.webm', '.mka', '.mkv'), ('.mp4', '.m4a'), ('.ogg', '.opus', '.oga')])
 def test_sounds_in_containers_of_films_are_sounds(tmp_path, endings):
     (tmp_path/'in').mkdir()
-    for ending in endings: tone(tmp_path/'in'/f'a{ending}', 'aac' if ending.startswith('.m') and 'mk' not in ending else 'libopus')
-    with pytest.warns(UserWarning, match='no file has pictures'): _, rejected, rows = run('folder', tmp_path/'in', tmp_path/'out')
+    for ending in endings:
+        tone(tmp_path/'in'/f'a{ending}', 'aac' if ending.startswith('.m') and 'mk' not in ending else 'libopus')
+    with pytest.warns(UserWarning, match='no file has pictures'):
+        _, rejected, rows = run('folder', tmp_path/'in', tmp_path/'out')
     assert rejected.empty and len(rows) == len(endings) and 'height' not in rows[0]
 
 
 def test_a_film_among_sounds_keeps_its_pictures(tmp_path, film):
     put(tmp_path/'in', {'a.mp4': film})
-    for i in range(3): tone(tmp_path/'in'/f'{i}.webm')
+    for i in range(3):
+        tone(tmp_path/'in'/f'{i}.webm')
     _, rejected, rows = run('folder', tmp_path/'in', tmp_path/'out')
     assert [row['clip'] for row in rows] == ['a.mp4'] and 'height' in rows[0]
     assert set(rejected.reason) == {'no video'} and REMEDIES['no video'] in summary(rejected)[0]
@@ -149,7 +158,8 @@ def test_accents_in_either_form(tmp_path, listed, there, film):
 
 def test_two_files_whose_names_differ_in_form_stay_two(tmp_path):
     put(tmp_path, {f'{NFC}.mp4': '', f'{NFD}.mp4': '', 'labels.csv': f'path,label\n{NFC}.mp4,a\n{NFD}.mp4,b\n'})
-    if len(listing(tmp_path, VIDEO)) < 2: pytest.skip('this file system has one form')
+    if len(listing(tmp_path, VIDEO)) < 2:
+        pytest.skip('this file system has one form')
     assert read_catalogue('folder', tmp_path)[['path', 'label']].values.tolist() == [[f'{NFC}.mp4', 'a'], [f'{NFD}.mp4', 'b']]
 
 
@@ -169,8 +179,10 @@ def test_links_of_the_owner_are_followed_and_loops_end(tmp_path, film):
 def test_no_path_of_a_list_leads_out(tmp_path, name):
     disk, mine = put(tmp_path/'disk', {'a.mp4': 'secret', 'deep/b.mp4': ''}), tmp_path/'mine'
     put(mine, {'link': disk/'deep'})
-    with pytest.raises(InputError, match='outside|no name'): inside(mine, name.format(disk=disk))
-    with pytest.raises(Rejection, match='^unsafe path: .*(outside|no name)'): media_file(mine, name.format(disk=disk))
+    with pytest.raises(InputError, match='outside|no name'):
+        inside(mine, name.format(disk=disk))
+    with pytest.raises(Rejection, match='^unsafe path: .*(outside|no name)'):
+        media_file(mine, name.format(disk=disk))
 
 
 def test_links_are_no_ladder(tmp_path):
@@ -178,9 +190,11 @@ def test_links_are_no_ladder(tmp_path):
     disk = put(tmp_path/'disk', {'a.mp4': 'secret', 'deep/b.mp4': ''})
     mine = put(tmp_path/'mine', {'link': disk/'deep', 'c.mp4': ''})
     assert media_file(mine, 'link/b.mp4').read_bytes() == b'' and media_file(mine, 'link/../c.mp4') == mine/'c.mp4'
-    with pytest.raises(Rejection, match='missing file'): media_file(mine, 'link/../a.mp4')
+    with pytest.raises(Rejection, match='missing file'):
+        media_file(mine, 'link/../a.mp4')
     (tmp_path/'home').symlink_to(mine)
-    for absolute in (tmp_path/'home'/'c.mp4', mine/'c.mp4'): assert media_file(tmp_path/'home', str(absolute)).exists()
+    for absolute in (tmp_path/'home'/'c.mp4', mine/'c.mp4'):
+        assert media_file(tmp_path/'home', str(absolute)).exists()
     table = read_catalogue('folder', put(mine, {'labels.csv': f'path,label\n{mine}/c.mp4,x\nlink/b.mp4,y\n'}))
     assert table.path.tolist() == ['c.mp4', 'link/b.mp4']
 
@@ -196,18 +210,21 @@ def test_what_is_no_file_does_not_hold_the_run_up(tmp_path, film):
     _, rejected, rows = run('folder', tmp_path/'in', tmp_path/'out')
     assert len(rows) == 1 and rejected.reason.tolist() == ['not a file']*3
     for reader, name in (('folder', 'labels.csv'), ('vggss', 'vggss.json'), ('kinetics700', 'train.csv')):
-        with pytest.raises(InputError, match=f'{name} is no file that can be read'): read_catalogue(reader, put(tmp_path/reader, {name: None, 'a.mp4': film}))
+        with pytest.raises(InputError, match=f'{name} is no file that can be read'):
+            read_catalogue(reader, put(tmp_path/reader, {name: None, 'a.mp4': film}))
 
 
 def test_a_folder_that_may_not_be_listed_is_told(tmp_path, monkeypatch):
     put(tmp_path, {'lost+found/a.mp4': '', 'b.mp4': ''})
     scandir = os.scandir
     def refuse(folder):
-        if os.fspath(folder).endswith('lost+found'): raise PermissionError(13, 'Permission denied')
+        if os.fspath(folder).endswith('lost+found'):
+            raise PermissionError(13, 'Permission denied')
         return scandir(folder)
     monkeypatch.setattr(os, 'scandir', refuse)
     assert read_catalogue('folder', tmp_path).attrs['notes'] == ['left out: 1 (folders that may not be listed): lost+found']
-    with pytest.raises(InputError, match='cannot be listed: Permission denied'): listing(tmp_path/'lost+found')
+    with pytest.raises(InputError, match='cannot be listed: Permission denied'):
+        listing(tmp_path/'lost+found')
 
 
 TWICE = [ # reader, files, what the problem or the error says
@@ -227,8 +244,10 @@ TWICE = [ # reader, files, what the problem or the error says
 def test_rows_that_disagree_are_never_used(tmp_path, reader, files, said):
     put(tmp_path, files)
     if reader in ('folder', 'dfdc'):
-        with pytest.raises(InputError, match=re.escape(said)): read_catalogue(reader, tmp_path)
-    else: assert said in ' '.join(read_catalogue(reader, tmp_path).problem.dropna())
+        with pytest.raises(InputError, match=re.escape(said)):
+            read_catalogue(reader, tmp_path)
+    else:
+        assert said in ' '.join(read_catalogue(reader, tmp_path).problem.dropna())
 
 
 def test_rows_that_agree_count_once_and_are_told(tmp_path):
@@ -243,8 +262,10 @@ def test_labels_csv_in_any_letters_and_one_only(tmp_path):
     assert table.label.tolist() == ['dog']
     assert table.attrs['notes'] == ['left out: 1 (not in LABELS.CSV): b.mp4', 'left out: 1 (endings not of films or sounds): c.txt']
     put(tmp_path, {'labels.csv': 'path\nb.mp4\n'})
-    if len(listing(tmp_path, ('.csv',))) < 2 and 'labels.csv' not in os.listdir(tmp_path): pytest.skip('this file system knows no capitals')
-    with pytest.raises(InputError, match='LABELS.CSV and labels.csv: keep one'): read_catalogue('folder', tmp_path)
+    if len(listing(tmp_path, ('.csv',))) < 2 and 'labels.csv' not in os.listdir(tmp_path):
+        pytest.skip('this file system knows no capitals')
+    with pytest.raises(InputError, match='LABELS.CSV and labels.csv: keep one'):
+        read_catalogue('folder', tmp_path)
 
 
 CSV = [ # content of a csv with the columns path and label; what is read, or the error
@@ -261,10 +282,13 @@ CSV = [ # content of a csv with the columns path and label; what is read, or the
 def test_csv_files_as_spreadsheets_write_them(tmp_path, content, want):
     path = put(tmp_path, {'list.csv': content})/'list.csv'
     read = lambda: [(number, row['path'], row['label']) for number, row in csv_rows(path, ['path', 'label'], exact=('path',))]
-    if content == b'': assert read() == []
+    if content == b'':
+        assert read() == []
     elif isinstance(want, str):
-        with pytest.raises(InputError, match=want): read()
-    else: assert read() == want
+        with pytest.raises(InputError, match=want):
+            read()
+    else:
+        assert read() == want
 
 
 def test_a_cell_that_is_too_long_or_has_no_text_spoils_one_row(tmp_path):
@@ -276,7 +300,8 @@ def test_a_cell_that_is_too_long_or_has_no_text_spoils_one_row(tmp_path):
 
 def test_a_name_that_differs_in_capitals_or_spaces_is_told_with_the_right_one(tmp_path):
     put(tmp_path, {'A.MP4': '', 'sub/b c.mp4': '', 'labels.csv': 'path\na.mp4\nsub/b c.mp4 \nsub/d.mp4\n'})
-    if (tmp_path/'a.mp4').exists(): pytest.skip('this file system knows no capitals')
+    if (tmp_path/'a.mp4').exists():
+        pytest.skip('this file system knows no capitals')
     assert read_catalogue('folder', tmp_path).problem.tolist() == [
         "labels.csv, line 2: there is no 'a.mp4', but 'A.MP4'", "labels.csv, line 3: there is no 'sub/b c.mp4 ', but 'sub/b c.mp4'", None]
 
@@ -319,7 +344,8 @@ def test_each_folder_is_listed_once_and_no_file_is_asked_for(tmp_path, monkeypat
 
 
 def failing(reader, folder, out, limit=1.0):
-    with pytest.raises(InputError) as error: run(reader, folder, out, replace(CLIP, max_rejected=limit))
+    with pytest.raises(InputError) as error:
+        run(reader, folder, out, replace(CLIP, max_rejected=limit))
     return str(error.value)
 
 
@@ -343,7 +369,8 @@ def test_a_missing_file_names_the_folder_and_the_layout(tmp_path, film):
     assert rows.reason.tolist() == ['missing file']*2
     assert 'kinetics/train/playing piano/abc_000001_000002.mp4: there is no folder kinetics/train/playing piano; expected: ' in rows.detail[0]
     assert 'kinetics/train/yoga/def_000001_000002.mp4: No such file or directory; expected: ' in rows.detail[1]
-    for detail in (*rows.detail, said): assert '<split>/<label>/<id>_<start>_<end>.mp4' in detail
+    for detail in (*rows.detail, said):
+        assert '<split>/<label>/<id>_<start>_<end>.mp4' in detail
     assert not rows.detail.str.contains(str(tmp_path)).any(), 'another list on every machine'
 
 

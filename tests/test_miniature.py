@@ -12,7 +12,8 @@ import pytest
 from glcm.core import InputError, parse, read_params
 from glcm.data.audio import AudioConfig
 from glcm.datasets.catalogue import read_catalogue
-from glcm.data.preprocess import ClipConfig, preprocess
+from glcm.data.clip import ClipConfig
+from glcm.data.preprocess import preprocess
 from glcm.data.shards import ClipStore, StoreConfig
 from glcm.miniature import world as module
 from glcm.miniature.actions import HMDB_ACTIONS, UCF_ACTIONS, trajectory

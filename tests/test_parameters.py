@@ -12,7 +12,8 @@ from dvc.parsing.interpolate import to_str
 
 from glcm.core import InputError, read_params, root
 from glcm.data.audio import AudioConfig
-from glcm.data.preprocess import ClipConfig, PreprocessConfig
+from glcm.data.clip import ClipConfig
+from glcm.data.workers import PreprocessConfig
 from glcm.params import check_params, schema
 from glcm.stage import names_of
 

@@ -19,7 +19,8 @@ import glcm.processes as processes
 from glcm.core import InputError, parse
 from glcm.data.audio import AudioConfig
 from glcm.datasets.catalogue import read_catalogue
-from glcm.data.preprocess import ClipConfig, preprocess
+from glcm.data.clip import ClipConfig, Settings
+from glcm.data.preprocess import preprocess
 from glcm.data.shards import ClipStore, StoreConfig
 from glcm.data.video import write_video
 from glcm.processes import only_run
@@ -161,13 +162,13 @@ def test_disks_that_cannot_be_written_are_named(films, tmp_path, monkeypatch, nu
 STAGE = '''
 import threading
 from pathlib import Path
-import glcm.data.preprocess
-from glcm.data.preprocess import attempt
+import glcm.data.workers
+from glcm.data.workers import encode_row
 from glcm.distributed import launch
 from test_processes import settings
 folder = Path(%r)
-glcm.data.preprocess.media_file = lambda folder, name: folder/name # lets the pipe through to the decoder
-threading.Thread(target=attempt, args=[folder, dict(path='hangs.mp4'), settings(), 600.0], daemon=True).start()
+glcm.data.workers.media_file = lambda folder, name: folder/name # lets the pipe through to the decoder
+threading.Thread(target=encode_row, args=[folder, dict(path='hangs.mp4'), settings(), 600.0], daemon=True).start()
 launch([str(folder/'rank.py')], 2)
 '''
 RANK = '''
@@ -179,7 +180,7 @@ time.sleep(600)
 '''
 
 
-def settings(): return preprocessing.Settings(CLIP, AUDIO, STORE, 16, False)
+def settings(): return Settings(CLIP, AUDIO, STORE, 16, False)
 
 
 def descendants(pid):

@@ -51,7 +51,9 @@ def folder(whole, tmp_path):
 
 def edit(name, change):
     "Damage done to the text of a file."
-    def damage(folder): (folder/name).write_text(change((folder/name).read_text()))
+    def damage(folder):
+        path = folder/name
+        path.write_text(change(path.read_text()))
     return damage
 
 
@@ -68,10 +70,15 @@ def set_in_seal(shard, **values):
 
 
 def without(name):
-    return edit('manifest.json', lambda text: json.dumps({k: v for k, v in json.loads(text).items() if k != name}))
+    def change(text):
+        about = json.loads(text)
+        del about[name]
+        return json.dumps(about)
+    return edit('manifest.json', change)
 
 
-def lines(change): return edit('clips.jsonl', lambda text: ''.join(change(text.splitlines(keepends=True))))
+def lines(change):
+    return edit('clips.jsonl', lambda text: ''.join(change(text.splitlines(keepends=True))))
 
 
 def loop(name):
@@ -129,21 +136,25 @@ SHARD = {
 }
 
 
-@pytest.mark.parametrize('name, damage', [(name, damage) for name, kinds in
-                                          {'manifest.json': MANIFEST, 'clips.jsonl': INDEX, '0000001.tar': SHARD}.items()
-                                          for damage in kinds.items()], ids=lambda value: value if isinstance(value, str) else value[0])
+DAMAGES = []
+for name, kinds in {'manifest.json': MANIFEST, 'clips.jsonl': INDEX, '0000001.tar': SHARD}.items():
+    DAMAGES += [pytest.param(name, damage, id=f'{name}-{kind}') for kind, damage in kinds.items()]
+
+
+@pytest.mark.parametrize('name, damage', DAMAGES)
 def test_damage_is_refused_when_the_store_is_opened(folder, name, damage):
-    damage[1](folder)
-    with pytest.raises(InputError) as e: ClipStore(folder)
+    damage(folder)
+    with pytest.raises(InputError) as e:
+        ClipStore(folder)
     message = str(e.value)
     assert message.startswith(f'{folder/name} is damaged (') and '\n' not in message
     assert message.endswith(f'remove {folder} and run `dvc repro preprocess@kinetics700` again')
 
 
-def places(**changes):
+def places(of):
     "A change of where a member lies, whatever its container."
     def change(row):
-        for suffix, place in row['places'].items(): row['places'][suffix] = changes['of'](place)
+        row['places'] = {suffix: of(place) for suffix, place in row['places'].items()}
     return change
 
 
@@ -179,8 +190,11 @@ ROWS = { # what a seal cannot know: a row that was written so
 @pytest.mark.parametrize('kind', ROWS)
 def test_rows_are_trusted_no_further_than_their_shard(tmp_path, container, kind):
     folder = write_store(tmp_path/'kinetics700', container, ROWS[kind])
-    with pytest.raises(InputError, match=f'{folder}/.* is damaged .*: remove {folder} and run') as e: read_all(folder)
-    assert '\n' not in str(e.value) and ('clip 1' in str(e.value) or 'line 2' in str(e.value) or '0000009.tar' in str(e.value) or 'passwd' in str(e.value))
+    with pytest.raises(InputError, match=f'{folder}/.* is damaged .*: remove {folder} and run') as e:
+        read_all(folder)
+    message = str(e.value)
+    assert '\n' not in message
+    assert any(place in message for place in ('clip 1', 'line 2', '0000009.tar', 'passwd'))
 
 
 def test_spans_that_a_clip_does_not_have_are_refused(whole):
@@ -188,7 +202,8 @@ def test_spans_that_a_clip_does_not_have_are_refused(whole):
     assert read_all(whole) == CLIPS
     for start, stop in ((0, STEPS + 1), (-1, 3), (5, 5), (7, 3), (STEPS, None)):
         for read in (store.planes, store.mel):
-            with pytest.raises(InputError, match=f'clip 2 in {whole} has {STEPS} steps'): read(2, start, stop)
+            with pytest.raises(InputError, match=f'clip 2 in {whole} has {STEPS} steps'):
+                read(2, start, stop)
 
 
 def test_store_removed_while_it_is_read(folder):
@@ -196,11 +211,13 @@ def test_store_removed_while_it_is_read(folder):
     first = store.planes(0)
     shutil.rmtree(folder)
     assert np.array_equal(store.planes(0), first) # what is mapped stays
-    with pytest.raises(InputError, match=f'{folder}/0000001.tar cannot be read any more .*: was it removed or made anew'): store.planes(2)
+    with pytest.raises(InputError, match=f'{folder}/0000001.tar cannot be read any more .*: was it removed or made anew'):
+        store.planes(2)
 
 
 def test_flipped_bit_is_found_by_verify(folder):
     data = bytearray((folder/'0000001.tar').read_bytes())
     data[700] ^= 4
     (folder/'0000001.tar').write_bytes(data)
-    with pytest.raises(InputError, match='0000001.tar is damaged'): ClipStore(folder).verify()
+    with pytest.raises(InputError, match='0000001.tar is damaged'):
+        ClipStore(folder).verify()

@@ -40,15 +40,19 @@ class Tolerance:
 
     def skips(self, packet: av.Packet) -> bool:
         "Whether a packet of pictures is not to be decoded."
-        if self.lossy and packet.is_corrupt: self.skipping = True
+        if self.lossy and packet.is_corrupt:
+            self.skipping = True
         if self.skipping and packet.is_keyframe and not packet.is_corrupt:
             self.key, self.skipping = seconds_of(packet), False
-        return self.skipping and packet.size > 0 # the last packet is empty: it calls for the pictures that the decoder still has
+        is_last = packet.size == 0 # it calls for the pictures that the decoder still has
+        return self.skipping and not is_last
 
     def forgives(self, kind: str, time: float) -> bool:
         "Whether a packet or frame of that time may be damaged."
-        if kind == 'audio': return self.lossy or self.since is not None and time < self.since - SETTLING/2
-        if self.key is not None and self.key - LEADING < time < self.key: return True
+        if kind == 'audio':
+            return self.lossy or self.since is not None and time < self.since - SETTLING/2
+        if self.key is not None and self.key - LEADING < time < self.key:
+            return True
         self.skipping = self.lossy
         return self.lossy
 
@@ -62,7 +66,9 @@ def shown(
     "Count the pictures lost before this one; raises `Rejection` where they are too many."
     if tolerance.lossy and time == tolerance.key and tolerance.end:
         loss = time - tolerance.end
-        if loss > LONGEST_LOSS: raise Rejection('does not decode', f'{name}: {loss:.1f} s of damaged pictures at {tolerance.end:.1f} s')
+        if loss > LONGEST_LOSS:
+            damage = f'{loss:.1f} s of damaged pictures at {tolerance.end:.1f} s'
+            raise Rejection('does not decode', f'{name}: {damage}')
         tolerance.lost += max(0, loss)
     tolerance.end = max(end, tolerance.end)
 
@@ -71,7 +77,8 @@ def _length(
     frame: av.frame.Frame,
 ) -> float: # seconds; 0 where it is not known
     "For how long a frame is shown or heard."
-    if isinstance(frame, av.AudioFrame): return frame.samples/frame.sample_rate
+    if isinstance(frame, av.AudioFrame):
+        return frame.samples/frame.sample_rate
     return float((frame.duration or 0)*frame.time_base)
 
 @dataclass
@@ -94,29 +101,38 @@ class Decoding:
     def frames(self) -> Iterator: # of (frame, seconds)
         "Decode the packets; raises `Rejection` for any damage that is not forgiven."
         packets = self._packets()
-        if self.since is not None: packets = from_key_frame(packets, self.since)
+        if self.since is not None:
+            packets = from_key_frame(packets, self.since)
         for packet in packets:
             kind = packet.stream.type
             for frame in self._decoded(packet, kind):
                 time = self._time(frame, kind)
-                if time is None or frame.is_corrupt and self.tolerance.forgives(kind, time): continue
-                if frame.is_corrupt: raise self._damage(f'damaged {kind} at {time:.1f} s')
+                if time is None or frame.is_corrupt and self.tolerance.forgives(kind, time):
+                    continue
+                if frame.is_corrupt:
+                    raise self._damage(f'damaged {kind} at {time:.1f} s')
                 self.ends[kind] = max(time + _length(frame), self.ends.get(kind, time))
-                if kind == 'video': shown(self.tolerance, time, self.ends[kind], self.name)
+                if kind == 'video':
+                    shown(self.tolerance, time, self.ends[kind], self.name)
                 yield frame, time
             self._heed_messages()
-        if self.tolerance.lost > MOST_LOST*self.tolerance.end: raise self._damage(f'{self.tolerance.lost:.1f} s of pictures are damaged')
+        if self.tolerance.lost > MOST_LOST*self.tolerance.end:
+            raise self._damage(f'{self.tolerance.lost:.1f} s of pictures are damaged')
 
     def _packets(self) -> Iterator: # of packets that have something to decode
         "The packets of the wanted streams, on one clock."
         others = {kind: stream for kind in ('video', 'audio') for stream in streams_of(self.container, kind)[:1]}
-        for packet in self.container.demux(*(others | self.streams).values()): # a stream that is not decoded still tells the time
+        streams = others | self.streams # a stream that is not decoded still has times
+        for packet in self.container.demux(*streams.values()):
             self.clock.place(packet)
             kind = packet.stream.type
-            if packet.stream is not self.streams.get(kind): continue
+            if packet.stream is not self.streams.get(kind):
+                continue
             is_last = packet.pts is None and packet.dts is None
-            if packet.size or is_last: yield packet
-            else: self.ends[kind] = max(self.clock.ends[packet.stream], self.ends.get(kind, 0)) # a repeated picture
+            if packet.size or is_last:
+                yield packet
+            else:
+                self.ends[kind] = max(self.clock.ends[packet.stream], self.ends.get(kind, 0)) # a repeated picture
 
     def _decoded(self, packet: av.Packet, kind: str) -> list: # of frames
         "What a packet gives; nothing where its damage is forgiven."
@@ -135,42 +151,51 @@ class Decoding:
 
     def _time(self, frame: av.frame.Frame, kind: str) -> float | None: # seconds
         "When a frame is shown or heard; None where nothing tells."
-        if frame.pts is not None: return frame.time
+        if frame.pts is not None:
+            return frame.time
         return self.ends.get(kind, 0.0 if self.untimed else None)
 
     def _heed_messages(self):
         "Raise `Rejection` where FFmpeg complains of more than pictures that are skipped or not wanted."
-        if not self.errors: return
+        if not self.errors:
+            return
         if 'video' not in self.streams or self.tolerance.skipping:
             unseen = {stream.codec_context.name for stream in self.container.streams.video if stream.codec_context}
             self.errors[:] = [error for error in self.errors if error[1] not in unseen]
-        if self.errors: raise self._damage(self.errors[0][2].strip())
+        if self.errors:
+            raise self._damage(self.errors[0][2].strip())
 
     def _damage(self, what: str) -> Rejection: return Rejection('does not decode', f'{self.name}: {what}')
 
 # %% ../../nbs/15_data.decoding.ipynb #013
-LENGTH_IS_GUESSED = 'mpeg', 'mpegts', 'aac', 'ac3', 'eac3', 'dts', 'amr' # formats whose length FFmpeg estimates, by its names
+# formats whose length FFmpeg estimates, by its names
+LENGTH_IS_GUESSED = 'mpeg', 'mpegts', 'aac', 'ac3', 'eac3', 'dts', 'amr'
 
 def refuse_length(
     decoding: Decoding, # all of whose frames were decoded
 ):
     "Raise `Rejection` when a stream ends long before its header promises, or its pictures long after."
-    if decoding.container.format.name in LENGTH_IS_GUESSED: return
+    if decoding.container.format.name in LENGTH_IS_GUESSED:
+        return
     streams = decoding.clock.ends.keys() | set(decoding.streams.values())
     promises = {round(float((stream.duration or 0)*stream.time_base), 3) for stream in streams}
     one_for_all = len(streams) > 1 and len(promises) == 1
     for kind, stream in decoding.streams.items():
         if not stream.duration or kind not in decoding.ends or kind in decoding.joined:
             continue
-        begins, promised = float((stream.start_time or 0)*stream.time_base), float(stream.duration*stream.time_base)
+        begins = float((stream.start_time or 0)*stream.time_base)
+        promised = float(stream.duration*stream.time_base)
         end = decoding.ends[kind]
         reached = max(decoding.clock.ends.values()) if one_for_all else end
         said = f'{decoding.name}: the header promises {promised:.1f} s of {kind}, there are {end - begins:.1f} s'
-        if max(reached, reached - begins) < 0.97*promised - 0.2: raise Rejection('cut off', said)
-        if kind == 'video' and min(end, end - begins) > 1.03*promised + 0.2: raise Rejection('longer than its header says', said)
+        if max(reached, reached - begins) < 0.97*promised - 0.2:
+            raise Rejection('cut off', said)
+        if kind == 'video' and min(end, end - begins) > 1.03*promised + 0.2:
+            raise Rejection('longer than its header says', said)
 
 # %% ../../nbs/15_data.decoding.ipynb #015
-SEARCHABLE = 'mov,mp4,m4a,3gp,3g2,mj2', 'matroska,webm', 'avi' # formats in which a time is found quickly and exactly, by FFmpeg's names
+# formats in which a time is found quickly and exactly, by FFmpeg's names
+SEARCHABLE = 'mov,mp4,m4a,3gp,3g2,mj2', 'matroska,webm', 'avi'
 
 @contextmanager
 def decoding(
@@ -184,7 +209,8 @@ def decoding(
         refuse_torn(path)
         with av.logging.Capture() as errors, open_file(path) as container:
             streams = choose_streams(container, kinds, path.name, track)
-            if since is not None and container.format.name in SEARCHABLE: _seek(container, streams, since - SETTLING)
+            if since is not None and container.format.name in SEARCHABLE:
+                _seek(container, streams, since - SETTLING)
             yield Decoding(container, streams, path.name, errors, since)
     except (av.FFmpegError, OSError, EOFError) as e:
         raise Rejection('does not decode', f'{path.name}: {e.strerror or e}') from None
@@ -192,5 +218,7 @@ def decoding(
 def _seek(container, streams, time: float):
     "Go to the last key frame before a time, or stay where that is not possible."
     stream = streams.get('video') or streams['audio']
-    try: container.seek(int(time/stream.time_base), stream=stream)
-    except av.FFmpegError: pass # no table of its packets: they are read from the beginning
+    try:
+        container.seek(int(time/stream.time_base), stream=stream)
+    except av.FFmpegError:
+        pass # no table of its packets: they are read from the beginning

@@ -79,8 +79,10 @@ def decode_h264(
             for frame in decoder.decode(packet):
                 planes_of(frame, planes[count])
                 count += 1
-    except (av.FFmpegError, IndexError, ValueError) as e: raise InputError(f'the pictures do not decode: {e}') from None
-    if count < len(packets): raise InputError(f'{len(packets) - count} of {len(packets)} pictures do not decode')
+    except (av.FFmpegError, IndexError, ValueError) as e:
+        raise InputError(f'the pictures do not decode: {e}') from None
+    if count < len(packets):
+        raise InputError(f'{len(packets) - count} of {len(packets)} pictures do not decode')
     return planes
 
 # %% ../../nbs/21_data.shards.ipynb #013
@@ -110,12 +112,19 @@ def pack_clip(
     "Pictures and spectrogram of a clip as they are stored."
     members, entries, raw = {}, dict(steps=steps), config.container == 'raw'
     if mel is not None:
-        edges = columns_until(np.arange(0, steps + config.keyframe, config.keyframe).clip(max=steps), fps, columns_per_second)
+        frames = np.arange(0, steps + config.keyframe, config.keyframe).clip(max=steps)
+        edges = columns_until(frames, fps, columns_per_second)
         levels = to_levels(mel)
         spans = [levels[:, a:b] for a, b in zip(edges, edges[1:])]
-        members['mel.raw' if raw else 'mel.zlib'] = [span.tobytes() if raw else _pack_mel(span) for span in spans]
+        if raw:
+            members['mel.raw'] = [span.tobytes() for span in spans]
+        else:
+            members['mel.zlib'] = [_pack_mel(span) for span in spans]
     if planes is not None:
-        members['i420' if raw else 'h264'] = [picture.tobytes() for picture in planes] if raw else encode_h264(planes, fps, config)
+        if raw:
+            members['i420'] = [picture.tobytes() for picture in planes]
+        else:
+            members['h264'] = encode_h264(planes, fps, config)
         entries |= dict(height=planes.shape[1]*2//3, width=planes.shape[2])
     return members, entries
 
@@ -160,7 +169,8 @@ def checksum(
     path: Path, # a file
 ) -> str: # 64 hexadecimal digits
     "The SHA-256 sum of a file."
-    with open(path, 'rb') as file: return hashlib.file_digest(file, 'sha256').hexdigest()
+    with open(path, 'rb') as file:
+        return hashlib.file_digest(file, 'sha256').hexdigest()
 
 # %% ../../nbs/21_data.shards.ipynb #019
 class Rows(Sequence):
@@ -175,14 +185,18 @@ class Rows(Sequence):
     def __reduce__(self): return type(self), (self.path,)
 
     def __getitem__(self, i):
-        if isinstance(i, slice): return [self[k] for k in range(*i.indices(len(self)))]
+        if isinstance(i, slice):
+            return [self[k] for k in range(*i.indices(len(self)))]
         i = range(len(self))[i]
-        try: row = json.loads(self.map[self.ends[i - 1] + 1 if i else 0:self.ends[i]])
-        except (ValueError, RecursionError) as e: raise InputError(f'{self.path}, line {i + 1}: {e}') from None
-        if not isinstance(row, dict): raise InputError(f'{self.path}, line {i + 1} describes no clip')
+        try:
+            row = json.loads(self.map[self.ends[i - 1] + 1 if i else 0:self.ends[i]])
+        except (ValueError, RecursionError) as e:
+            raise InputError(f'{self.path}, line {i + 1}: {e}') from None
+        if not isinstance(row, dict):
+            raise InputError(f'{self.path}, line {i + 1} describes no clip')
         return row
 
-# %% ../../nbs/21_data.shards.ipynb #020b
+# %% ../../nbs/21_data.shards.ipynb #021
 LIMIT = 1_000_000 # above any rate, number of bands, distance of keyframes, or side of a picture
 
 def _number_in(
@@ -197,27 +211,34 @@ def _is_seal(
     seal, # as read from JSON
 ) -> bool:
     "Whether this is the size and the checksum of a file."
-    if not isinstance(seal, dict) or type(seal.get('bytes')) is not int: return False
+    if not isinstance(seal, dict) or type(seal.get('bytes')) is not int:
+        return False
     return isinstance(seal.get('sha256'), str)
 
-# %% ../../nbs/21_data.shards.ipynb #020c
+# %% ../../nbs/21_data.shards.ipynb #022
 def _wrong_in_manifest(
     about, # as read from JSON
 ) -> str | None:
     "What a manifest lacks, if anything."
-    if not isinstance(about, dict): return 'it is no JSON object'
-    if about.get('format') != FORMAT: return f"it is of another version: format {about.get('format')!r} instead of {FORMAT}"
+    if not isinstance(about, dict):
+        return 'it is no JSON object'
+    if about.get('format') != FORMAT:
+        return f"it is of another version: format {about.get('format')!r} instead of {FORMAT}"
     for name in ('bands', 'keyframe'):
-        if not _number_in(about.get(name), 1): return f'{name} is {about.get(name)!r}'
+        if not _number_in(about.get(name), 1):
+            return f'{name} is {about.get(name)!r}'
     for name in ('fps', 'columns_per_second'):
-        if not _number_in(about.get(name), 1, (int, float)): return f'{name} is {about.get(name)!r}'
+        if not _number_in(about.get(name), 1, (int, float)):
+            return f'{name} is {about.get(name)!r}'
     shards = about.get('shards')
-    if not isinstance(shards, dict): return 'it names no shards'
+    if not isinstance(shards, dict):
+        return 'it names no shards'
     if odd := [name for name in shards if not name.endswith('.tar') or os.path.basename(name) != name]:
         return f'{odd[0]!r} is no name of a shard'
-    if not all(map(_is_seal, [*shards.values(), about.get('index')])): return 'it lacks the size or the checksum of a file'
+    if not all(map(_is_seal, [*shards.values(), about.get('index')])):
+        return 'it lacks the size or the checksum of a file'
 
-# %% ../../nbs/21_data.shards.ipynb #020d
+# %% ../../nbs/21_data.shards.ipynb #023
 class _StoreFiles:
     "The files of a store: the manifest, checked, and the shards, mapped into memory when they are first read."
     def __init__(self, folder: Path):
@@ -235,58 +256,77 @@ class _StoreFiles:
         return InputError(f'{self.folder/name} is damaged ({why}): {remedy}')
 
     def _read_manifest(self) -> dict:
-        try: about = json.loads((self.folder/'manifest.json').read_text(encoding='utf-8'))
+        try:
+            about = json.loads((self.folder/'manifest.json').read_text(encoding='utf-8'))
         except (FileNotFoundError, NotADirectoryError):
-            raise InputError(f'no clip shards in {self.folder}: run `dvc repro preprocess@{self.folder.name}` first') from None
-        except (OSError, ValueError, RecursionError) as e: raise self.damaged('manifest.json', e) from None
-        if why := _wrong_in_manifest(about): raise self.damaged('manifest.json', why)
+            remedy = f'run `dvc repro preprocess@{self.folder.name}` first'
+            raise InputError(f'no clip shards in {self.folder}: {remedy}') from None
+        except (OSError, ValueError, RecursionError) as e:
+            raise self.damaged('manifest.json', e) from None
+        if why := _wrong_in_manifest(about):
+            raise self.damaged('manifest.json', why)
         return about
 
     def _check_size(self, name: str, size: int):
-        try: found = (self.folder/name).stat().st_size
-        except OSError as e: raise self.damaged(name, e.strerror) from None
-        if found != size: raise self.damaged(name, f'it has {found} bytes instead of {size}')
+        try:
+            found = (self.folder/name).stat().st_size
+        except OSError as e:
+            raise self.damaged(name, e.strerror) from None
+        if found != size:
+            raise self.damaged(name, f'it has {found} bytes instead of {size}')
 
     def check_sum(self, name: str, seal: dict):
         "Raise `InputError` where the content of a file is not what was written."
-        try: found = checksum(self.folder/name)
-        except OSError as e: raise self.damaged(name, e.strerror) from None
-        if found != seal['sha256']: raise self.damaged(name, 'its content has changed')
+        try:
+            found = checksum(self.folder/name)
+        except OSError as e:
+            raise self.damaged(name, e.strerror) from None
+        if found != seal['sha256']:
+            raise self.damaged(name, 'its content has changed')
 
     def shard(self, name: str) -> memoryview: # all of its bytes
         "A shard, mapped into memory."
-        if name in self._maps: return self._maps[name]
-        if name not in self.about['shards']: raise self.damaged('clips.jsonl', f'there is no shard {name!r}')
+        if name in self._maps:
+            return self._maps[name]
+        if name not in self.about['shards']:
+            raise self.damaged('clips.jsonl', f'there is no shard {name!r}')
         try:
-            with open(self.folder/name, 'rb') as file: content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            with open(self.folder/name, 'rb') as file:
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as e:
-            raise InputError(f'{self.folder/name} cannot be read any more ({e}): was it removed or made anew? Then run this again') from None
+            remedy = 'was it removed or made anew? Then run this again'
+            raise InputError(f'{self.folder/name} cannot be read any more ({e}): {remedy}') from None
         self._maps[name] = memoryview(content)
         return self._maps[name]
 
-# %% ../../nbs/21_data.shards.ipynb #020f
+# %% ../../nbs/21_data.shards.ipynb #025
 def _wrong_in_row(
     row: dict, # of the index
 ) -> str | None:
     "What a row lacks for its clip to be read, if anything."
     for name in ('clip', 'shard'):
-        if not isinstance(row.get(name), str): return f'{name} is {row.get(name)!r}'
-    if not isinstance(row.get('places'), dict): return f"places is {row.get('places')!r}"
+        if not isinstance(row.get(name), str):
+            return f'{name} is {row.get(name)!r}'
+    if not isinstance(row.get('places'), dict):
+        return f"places is {row.get('places')!r}"
     sides = ('height', 'width') if 'height' in row or 'width' in row else ()
     for name in ('steps', *sides):
-        if not _number_in(row.get(name), 1): return f'{name} is {row.get(name)!r}'
+        if not _number_in(row.get(name), 1):
+            return f'{name} is {row.get(name)!r}'
 
 def _chunk_ends(
     place: list, # where a member begins in its shard, and the size of each of its chunks, bytes
     size: int, # of the shard, bytes
 ) -> np.ndarray: # where the first chunk begins, and where each ends
     "Places of the chunks in a shard; raises `ValueError` where they are not in it."
-    if min(place) < 0 or max(place) > size: raise ValueError('it is not all in its shard')
+    if min(place) < 0 or max(place) > size:
+        raise ValueError('it is not all in its shard')
     edges = np.cumsum(place, dtype=np.int64)
-    if edges[-1] > size: raise ValueError('it is not all in its shard')
+    if edges[-1] > size:
+        raise ValueError('it is not all in its shard')
     return edges
 
-# %% ../../nbs/21_data.shards.ipynb #021
+# %% ../../nbs/21_data.shards.ipynb #027
 class ClipStore:
     "Random access to the clips of one dataset's shards; raises `InputError` where they are missing, of another version or damaged."
     def __init__(self, folder: str | Path):
@@ -295,20 +335,23 @@ class ClipStore:
         self.about, self.clips = self._files.about, Rows(self.folder/'clips.jsonl')
         self._last = None, None # number and row of the clip that was read last
         if len(self) != self.about.get('clips'):
-            raise self._files.damaged('manifest.json', f"clips is {self.about.get('clips')!r}, and clips.jsonl has {len(self)}")
+            why = f"clips is {self.about.get('clips')!r}, and clips.jsonl has {len(self)}"
+            raise self._files.damaged('manifest.json', why)
 
     def __len__(self): return len(self.clips)
 
     def verify(self):
         "Compare every shard with its checksum; raises `InputError` naming the first that differs."
-        for name, seal in self.about['shards'].items(): self._files.check_sum(name, seal)
+        for name, seal in self.about['shards'].items():
+            self._files.check_sum(name, seal)
 
     def _row(self, i: int, start: int, stop: int | None) -> tuple: # row, end of the span
         "A clip's row, and the span that is wanted of it."
         number, row = self._last
         if number != i:
             row = self.clips[i]
-            if why := _wrong_in_row(row): raise self._files.damaged('clips.jsonl', f'line {i + 1}: {why}')
+            if why := _wrong_in_row(row):
+                raise self._files.damaged('clips.jsonl', f'line {i + 1}: {why}')
             self._last = i, row # its sound is read after its pictures
         stop = row['steps'] if stop is None else stop
         if not 0 <= start < stop <= row['steps']:
@@ -335,15 +378,20 @@ class ClipStore:
     def planes(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray: # (F, 3h/2, w) uint8
         "Pictures `start` to `stop` of clip `i`, as planes."
         row, stop = self._row(i, start, stop)
-        if 'width' not in row: raise InputError(f'the clips in {self.folder} have sound and no pictures')
+        if 'width' not in row:
+            raise InputError(f'the clips in {self.folder} have sound and no pictures')
         if 'i420' in row['places']:
             data, _ = self._read(row, 'i420', start, stop)
-            try: return np.frombuffer(data, np.uint8).reshape(stop - start, row['height']*3//2, row['width'])
-            except ValueError as e: raise self._clip_damaged(row, e) from None
+            try:
+                return np.frombuffer(data, np.uint8).reshape(stop - start, row['height']*3//2, row['width'])
+            except ValueError as e:
+                raise self._clip_damaged(row, e) from None
         key = start - start % self.about['keyframe']
         packets = self._chunks(row, 'h264', key, stop)
-        try: return decode_h264(packets, row['height'], row['width'])[start - key:]
-        except InputError as e: raise self._clip_damaged(row, e) from None
+        try:
+            return decode_h264(packets, row['height'], row['width'])[start - key:]
+        except InputError as e:
+            raise self._clip_damaged(row, e) from None
 
     def frames(self, i: int, start: int = 0, stop: int | None = None) -> 'torch.Tensor': # (F, 3, h, w) uint8 RGB
         "Pictures `start` to `stop` of clip `i`, in colour."
@@ -356,8 +404,10 @@ class ClipStore:
         if not raw and 'mel.zlib' not in row['places']:
             raise InputError(f'the clips in {self.folder} were stored without sound: set datasets.{self.folder.name}.sound to true')
         chunks = self._chunks(row, 'mel.raw' if raw else 'mel.zlib', first, last)
-        try: levels = [np.frombuffer(c, np.uint8).reshape(bands, -1) if raw else _unpack_mel(c, bands) for c in chunks]
-        except (zlib.error, ValueError) as e: raise self._clip_damaged(row, e) from None
+        try:
+            levels = [np.frombuffer(c, np.uint8).reshape(bands, -1) if raw else _unpack_mel(c, bands) for c in chunks]
+        except (zlib.error, ValueError) as e:
+            raise self._clip_damaged(row, e) from None
         return np.concatenate(levels, 1)
 
     def mel(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray: # (bands, N) float32
@@ -367,7 +417,8 @@ class ClipStore:
         first, last = start//every, -(-stop//every)
         levels, edges = self._levels(row, first, last), np.array([start, stop, first*every])
         a, b, origin = columns_until(edges, self.about['fps'], self.about['columns_per_second'])
-        if levels.shape[1] < b - origin: raise self._clip_damaged(row, f'{levels.shape[1]} columns of sound instead of {b - origin}')
+        if levels.shape[1] < b - origin:
+            raise self._clip_damaged(row, f'{levels.shape[1]} columns of sound instead of {b - origin}')
         return from_levels(levels[:, a - origin:b - origin])
 
     def select(self, **wanted) -> list: # numbers of the clips

@@ -6,7 +6,7 @@
 __all__ = ['LARGEST', 'FIRST', 'LATE', 'Recording', 'ticks_on_screen', 'Screen', 'Wanted', 'Opening', 'read_recording',
            'Encoding', 'write_video']
 
-# %% ../../nbs/18_data.video.ipynb #n02
+# %% ../../nbs/18_data.video.ipynb #002
 import os
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -24,7 +24,7 @@ from .picture import Renderer
 from .planes import to_rgb
 from .waveform import Beginning, Sound
 
-# %% ../../nbs/18_data.video.ipynb #012
+# %% ../../nbs/18_data.video.ipynb #004
 @dataclass(frozen=True)
 class Recording:
     "One decoded file; both streams start at the first video frame."
@@ -37,7 +37,7 @@ class Recording:
         import torch
         return to_rgb(torch.from_numpy(self.planes)).permute(0, 2, 3, 1).contiguous().numpy()
 
-# %% ../../nbs/18_data.video.ipynb #014
+# %% ../../nbs/18_data.video.ipynb #006
 def ticks_on_screen(
     times: np.ndarray, # (n + 1,) seconds, ascending: when each of n frames comes, and when the last one goes
     fps: float,        # rate of the clock, which starts with the first frame
@@ -47,7 +47,7 @@ def ticks_on_screen(
     start = times[0] if start is None else start
     return np.diff(np.ceil((np.asarray(times) - start - 1e-4)*fps).astype(int))
 
-# %% ../../nbs/18_data.video.ipynb #n09
+# %% ../../nbs/18_data.video.ipynb #009
 class Screen:
     "Collects the pictures a player shows at each tick, from frames that arrive in order."
     def __init__(self,
@@ -66,16 +66,20 @@ class Screen:
 
     def show(self, frame: av.VideoFrame, time: float):
         "Take the next frame, which comes at `time` (seconds); one that does not come after the last is left out."
-        if self.times and time <= self.times[-1]: return
-        if self.origin is None: self.origin = time
-        if self.latest: self._keep(time)
+        if self.times and time <= self.times[-1]:
+            return
+        if self.origin is None:
+            self.origin = time
+        if self.latest:
+            self._keep(time)
         self.times.append(time)
         self.latest = frame
 
     def _keep(self, until: float):
         before, until = np.cumsum(ticks_on_screen([self.origin, self.times[-1], until], self.fps))
         count = min(until, self.last) - max(before, self.first)
-        if count <= 0: return
+        if count <= 0:
+            return
         self.pictures += [self.renderer.planes(self.latest)]*count
         self.nbytes += count*self.pictures[-1].nbytes
 
@@ -84,10 +88,11 @@ class Screen:
         usual = np.median(np.diff(self.times)) if len(self.times) > 1 else 1/self.fps
         self._keep(until if until > self.times[-1] else self.times[-1] + usual)
         sizes = {picture.shape for picture in self.pictures}
-        if len(sizes) > 1: raise Rejection('changes size', f'{len(sizes)} sizes of picture in one file')
+        if len(sizes) > 1:
+            raise Rejection('changes size', f'{len(sizes)} sizes of picture in one file')
         return np.stack(self.pictures) if self.pictures else np.zeros((0, 0, 0), np.uint8)
 
-# %% ../../nbs/18_data.video.ipynb #n11
+# %% ../../nbs/18_data.video.ipynb #011
 LARGEST = 2 << 30 # bytes of pictures and sound that may be kept of one file
 FIRST = 16 # frames of sound that show how it begins
 LATE = 5 # seconds after the first picture within which sound is waited for, to see how it begins
@@ -117,20 +122,27 @@ class Opening:
     origin: float # when its first picture is shown (its first sound is heard, where there are none), seconds
     sound: Beginning | None # None where it is not known
 
-# %% ../../nbs/18_data.video.ipynb #n12
+# %% ../../nbs/18_data.video.ipynb #012
 def _opening(path: Path, wanted: Wanted) -> Opening:
     "How a file begins; raises `Rejection` where it has no first picture or sound."
-    times, sounds = {}, []
+    first, times, sounds = wanted.kinds[0], {}, []
     with decoding(path, wanted.kinds, track=wanted.track) as source:
         for frame, time in source.frames():
-            kind = 'audio' if isinstance(frame, av.AudioFrame) else 'video'
-            if kind == 'audio': sounds.append((time, frame.samples))
-            times.setdefault(kind, time)
-            origin = times.get(wanted.kinds[0])
-            if kind == 'audio': rate = frame.sample_rate
-            if origin is not None and (len(sounds) >= FIRST or not wanted.sample_rate or time > origin + LATE): break
-    if wanted.kinds[0] not in times: raise Rejection('does not decode', f'{path.name}: the {wanted.kinds[0]} stream is empty')
-    return Opening(times[wanted.kinds[0]], Beginning.of(sounds[:FIRST], rate, source.streams['audio'].codec_context.name) if len(sounds) > 1 else None)
+            is_sound = isinstance(frame, av.AudioFrame)
+            times.setdefault('audio' if is_sound else 'video', time)
+            if is_sound:
+                sounds.append((time, frame.samples))
+                rate = frame.sample_rate
+            origin = times.get(first)
+            has_sound = len(sounds) >= FIRST or not wanted.sample_rate
+            if origin is not None and (has_sound or time > origin + LATE):
+                break
+    if first not in times:
+        raise Rejection('does not decode', f'{path.name}: the {first} stream is empty')
+    if len(sounds) < 2:
+        return Opening(times[first], None)
+    codec = source.streams['audio'].codec_context.name
+    return Opening(times[first], Beginning.of(sounds[:FIRST], rate, codec))
 
 def _read(
     path: Path,
@@ -147,16 +159,22 @@ def _read(
         if wanted.fps:
             screen.open(source.streams['video'])
         for frame, time in source.frames():
-            if isinstance(frame, av.AudioFrame): sound.add(frame, time)
-            else: screen.show(frame, time)
-            if screen.nbytes + sound.nbytes > LARGEST: raise _too_large(path)
-            if until is not None and _has_passed(source.ends, wanted.kinds, until): break
-        else: refuse_length(source)
+            if isinstance(frame, av.AudioFrame):
+                sound.add(frame, time)
+            else:
+                screen.show(frame, time)
+            if screen.nbytes + sound.nbytes > LARGEST:
+                raise _too_large(path)
+            if until is not None and _has_passed(source.ends, wanted.kinds, until):
+                break
+        else:
+            refuse_length(source)
     return screen, sound, source.ends.get('video', 0)
 
 def _has_passed(ends: dict, kinds: list, until: float) -> bool:
     "Whether all that is wanted has been read, or one stream is so far ahead that nothing of the other will follow."
-    if len(ends) < len(kinds): return False
+    if len(ends) < len(kinds):
+        return False
     reached = [ends[kind] for kind in kinds]
     return min(reached) > until + SETTLING or max(reached) > until + 30*SETTLING
 
@@ -164,7 +182,7 @@ def _too_large(path: Path) -> Rejection:
     return Rejection('too large', f'{path.name}: its pictures and sound need more than {LARGEST >> 30} GB of memory: '
                                   'list it in pieces, with start and end')
 
-# %% ../../nbs/18_data.video.ipynb #n14
+# %% ../../nbs/18_data.video.ipynb #014
 def read_recording(
     path: str | Path, # a media file in any container and codec that FFmpeg knows
     fps: float | None, # wanted frame rate; None: sound only
@@ -175,44 +193,57 @@ def read_recording(
 ) -> Recording: # pictures and waveform, both beginning at `start`
     "Decode a file, or a span of it, to `fps` and `sample_rate`; raises `Rejection` where it cannot be used."
     path = Path(path)
-    if not path.exists(): raise Rejection('missing file', path.name)
+    if not path.exists():
+        raise Rejection('missing file', path.name)
     recording = _track(path, Wanted(fps, short_side, sample_rate, start, end))
-    if not sample_rate or recording.waveform.any(): return recording
-    with open_file(path) as container: tracks = len(streams_of(container, 'audio'))
+    if not sample_rate or recording.waveform.any():
+        return recording
+    with open_file(path) as container:
+        tracks = len(streams_of(container, 'audio'))
     for track in range(1, tracks):
         other = _track(path, Wanted(fps, short_side, sample_rate, start, end, track))
-        if other.waveform.any(): return other
+        if other.waveform.any():
+            return other
     return recording
 
 def _track(path: Path, wanted: Wanted) -> Recording:
     "A file with one of its sound tracks."
-    if wanted.start is None and wanted.end is None: return _recording(path, wanted, *_read(path, wanted))
+    if wanted.start is None and wanted.end is None:
+        return _recording(path, wanted, *_read(path, wanted))
     opening = _opening(path, wanted)
     begin = opening.origin + (wanted.start or 0)
     if wanted.start:
-        try: screen, sound, ends = _read(path, wanted, opening, begin)
-        except Rejection: pass # what cannot be decoded from the middle may be decoded from the beginning
+        try:
+            screen, sound, ends = _read(path, wanted, opening, begin)
+        except Rejection:
+            pass # what cannot be decoded from the middle may be decoded from the beginning
         else:
             has_picture = not wanted.fps or screen.times and screen.times[0] <= begin
             has_sound = not wanted.sample_rate or sound.takes and sound.begins <= begin
-            if has_picture and has_sound: return _recording(path, wanted, screen, sound, ends, opening.origin)
+            if has_picture and has_sound:
+                return _recording(path, wanted, screen, sound, ends, opening.origin)
     return _recording(path, wanted, *_read(path, wanted, opening), opening.origin)
 
 def _recording(path, wanted: Wanted, screen: Screen, sound: Sound, ends: float, origin: float | None = None) -> Recording:
     "What was collected, as arrays."
     for kind, found in (('video', screen.times), ('audio', sound.takes)):
-        if kind in wanted.kinds and not found: raise Rejection('does not decode', f'{path.name}: the {kind} stream is empty')
+        if kind in wanted.kinds and not found:
+            raise Rejection('does not decode', f'{path.name}: the {kind} stream is empty')
     planes, waveform = None, None
-    if origin is None: origin = screen.origin if wanted.fps else sound.begins
+    if origin is None:
+        origin = screen.origin if wanted.fps else sound.begins
     if wanted.sample_rate:
         first, last = (tick and round(tick/(wanted.fps or wanted.sample_rate)*wanted.sample_rate) for tick in wanted.ticks)
         waveform = sound.waveform(origin + first/wanted.sample_rate)[:last and last - first]
-        if not len(waveform) and not first: raise Rejection('no audio', f'{path.name}: the sound ends before the first picture')
-        if len(screen.times) == 1: ends = max(ends, origin + (first + len(waveform))/wanted.sample_rate) # a song with its cover
-    if wanted.fps: planes = screen.planes(ends)
+        if not len(waveform) and not first:
+            raise Rejection('no audio', f'{path.name}: the sound ends before the first picture')
+        if len(screen.times) == 1:
+            ends = max(ends, origin + (first + len(waveform))/wanted.sample_rate) # a song with its cover
+    if wanted.fps:
+        planes = screen.planes(ends)
     return Recording(planes, waveform)
 
-# %% ../../nbs/18_data.video.ipynb #036
+# %% ../../nbs/18_data.video.ipynb #016
 @dataclass(frozen=True)
 class Encoding:
     "Options of the encoders and of the file, by FFmpeg's names; the defaults suit a browser."
@@ -261,4 +292,5 @@ def write_video(
         if waveform is not None:
             audio = container.add_stream('aac', rate=sample_rate, layout='mono', options=encoding.audio)
         container.mux(_encode_pictures(video, frames))
-        if waveform is not None: container.mux(_encode_sound(audio, waveform, audio_delay))
+        if waveform is not None:
+            container.mux(_encode_sound(audio, waveform, audio_delay))

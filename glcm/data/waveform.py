@@ -31,9 +31,11 @@ def runs_of(
     offsets = np.pad(times - places/rate, 2, mode='edge')
     offsets = np.median(sliding_window_view(offsets, 5), axis=1)
     runs, current = [(places[0], times[0])], offsets[0]
-    if np.abs(offsets - current).max() <= tolerance: return runs
+    if np.abs(offsets - current).max() <= tolerance:
+        return runs
     for place, offset in zip(places, offsets):
-        if abs(offset - current) <= tolerance: continue
+        if abs(offset - current) <= tolerance:
+            continue
         current = offset
         runs.append((place, offset + place/rate))
     return runs
@@ -50,7 +52,9 @@ def refuse_false_clock(
     heard, steps = samples/rate, np.abs(np.diff(times - places/rate))
     bit_by_bit = steps[steps <= SMALL_GAP].sum() > 0.75*heard
     is_scattered = len(runs) > frames/2 and steps.sum() > heard
-    if bit_by_bit or is_scattered: raise Rejection('clock jumps', f'{steps.sum():.1f} s of gaps or overlaps between {heard:.1f} s of sound')
+    if bit_by_bit or is_scattered:
+        gaps = f'{steps.sum():.1f} s of gaps or overlaps'
+        raise Rejection('clock jumps', f'{gaps} between {heard:.1f} s of sound')
 
 def laid_out(
     pieces: list, # (seconds, (n,) samples) of each run
@@ -67,7 +71,8 @@ def laid_out(
     return waveform
 
 # %% ../../nbs/17_data.waveform.ipynb #011
-EQUAL_FRAMES = {'aac', 'mp3', 'mp3float', 'mp2', 'mp2float', 'ac3', 'eac3', 'dca', 'opus', 'libopus'} # decoders whose frames are of one size
+# decoders whose frames are of one size
+EQUAL_FRAMES = {'aac', 'mp3', 'mp3float', 'mp2', 'mp2float', 'ac3', 'eac3', 'dca', 'opus', 'libopus'}
 BLOCK = 10 # seconds of sound that are mixed and resampled at a time
 
 @dataclass(frozen=True)
@@ -110,7 +115,8 @@ class Take:
         self.block, self.waiting, self.sounds, self.samples = [], 0, [], 0
         self.places, self.times, self.length, self.begins = [], [], 0, time
         self.unused = 0 # samples to leave out at the beginning
-        if beginning is None: return
+        if beginning is None:
+            return
         place = beginning.place(time, self.source)
         self.begins = beginning.time + place/self.source
         self.unused = -place % (self.source//gcd(self.source, rate))
@@ -122,10 +128,12 @@ class Take:
         self.length += frame.samples
         self.block.append(frame)
         self.waiting += frame.samples
-        if self.waiting >= BLOCK*self.source: self._resample()
+        if self.waiting >= BLOCK*self.source:
+            self._resample()
 
     def _resample(self):
-        if not self.block: return
+        if not self.block:
+            return
         sound = mono(self.block, self.source)
         dropped = min(len(sound), max(0, self.unused - (self.length - self.waiting)))
         frame = av.AudioFrame.from_ndarray(sound[None, dropped:], 'flt', 'mono')
@@ -143,7 +151,8 @@ class Take:
         self._resample()
         self._keep(None)
         sound, scale = np.concatenate([np.zeros(0, np.float32), *self.sounds]), self.rate/self.source
-        runs = runs_of(np.array(self.places), np.array(self.times), self.source, max(TOLERANCE, 1.5*self.time_base))
+        tolerance = max(TOLERANCE, 1.5*self.time_base)
+        runs = runs_of(np.array(self.places), np.array(self.times), self.source, tolerance)
         refuse_false_clock(runs, len(self.times), self.length, self.source)
         starts = [max(0, round(place*scale)) for place, _ in runs]
         times = [time + start/self.rate - place/self.source for start, (place, time) in zip(starts, runs)]
@@ -165,7 +174,8 @@ class Sound:
         if not self.settled: # the decoder may have left out a part of it
             self.settled = True
             return
-        if kind != self.kind: self.takes.append(Take(frame, time, self.rate, None if self.takes else self.beginning))
+        if kind != self.kind:
+            self.takes.append(Take(frame, time, self.rate, None if self.takes else self.beginning))
         self.kind = kind
         self.takes[-1].add(frame, time)
 
