@@ -229,7 +229,7 @@ def test_warned_ranks_save_and_resume(clips, number):
     wait_until(lambda: list((clips/f'resume-{name}').glob('checkpoint-*.pt')), seconds=60)
     process.send_signal(number)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode and 'the same call goes on from' in output
+    assert process.returncode and 'the same call resumes from' in output
     assert not (clips/name).exists()
     launch([script(clips, TRAIN), str(clips), name, f'resume-{name}', 'no'], 2)
     assert_equal_runs(clips/name, clips/'unbroken')
