@@ -14,7 +14,7 @@ from pathlib import Path
 import av
 from av.stream import Disposition
 
-from .damage import Rejection, refuse_torn
+from .damage import Rejection
 
 # %% ../../nbs/14_data.clock.ipynb #005
 PLAYLISTS = 'concat', 'hls', 'dash', 'imf' # formats that name other files, as FFmpeg calls them

@@ -7,7 +7,6 @@ __all__ = ['LARGEST', 'FIRST', 'LATE', 'Recording', 'ticks_on_screen', 'Screen',
            'Encoding', 'write_video']
 
 # %% ../../nbs/18_data.video.ipynb #002
-import os
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property

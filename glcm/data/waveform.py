@@ -7,7 +7,7 @@ __all__ = ['TOLERANCE', 'SMALL_GAP', 'EQUAL_FRAMES', 'BLOCK', 'runs_of', 'refuse
            'Sound']
 
 # %% ../../nbs/17_data.waveform.ipynb #002
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from math import gcd
 
 import av
