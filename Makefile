@@ -1,7 +1,6 @@
 # Each target sets the environment up first; that is quick when nothing changed.
-#   make repro    the whole pipeline, from the sample data (or your own in data/) to results/
+#   make repro    the whole pipeline, from the sample data (or your own in data/) to results/; with STUDY=full, that of params.full.yaml
 #   make test     every notebook as a test, then pytest
-#   make seeds    the seeds study: the default run with seeds 0, 1 and 2, into results/seeds and the README
 #   make slow     the notebook cells and tests that take minutes
 #   make lab      JupyterLab on the repository
 #   make lock     remake requirements.lock.txt after a change in settings.ini (UPGRADE=--upgrade takes newer versions)
@@ -18,21 +17,20 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Threads that wait for each other leave their core to other processes instead of spinning on it.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help repro seeds test slow lab lock sample data-present
+.PHONY: help repro test slow lab lock sample data-present
 .DELETE_ON_ERROR:
 
 help:
 	@sed -n 's/^#  *\(make .*\)/\1/p' Makefile
 
+ifdef STUDY
+repro: $(READY) data-present
+	@$(BIN)/python -m glcm.study $(STUDY)
+else
 repro: $(READY) data-present
 	@$(BIN)/python -m glcm.params check
 	@$(BIN)/dvc repro
-
-# The study has its own folder under results/; afterwards params.yaml is as it was.
-seeds: $(READY) data-present
-	@cp params.yaml .dvc/tmp/params.yaml
-	@trap 'mv .dvc/tmp/params.yaml params.yaml' EXIT INT TERM; \
-	    $(BIN)/dvc exp run --set-param study=seeds --set-param 'grid.seeds=[0,1,2]'
+endif
 
 # Two notebooks or files of tests at a time, a thread each.
 test slow: export OMP_NUM_THREADS = 1

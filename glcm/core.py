@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['LARGEST', 'NAME', 'FOLDER', 'EXECUTOR', 'Name', 'FolderName', 'Count', 'Seed', 'Probability', 'LearningRate',
            'WeightDecay', 'Side', 'SECTION', 'WISHES', 'PATTERNS', 'UNKNOWN', 'STRICT', 'InputError', 'shown', 'root',
-           'read_params', 'configuration', 'mistakes', 'parse', 'section_of', 'override', 'values_of', 'atomic_path',
-           'inside', 'progress', 'generator', 'seed_everything']
+           'read_params', 'merge', 'read_study', 'configuration', 'mistakes', 'parse', 'section_of', 'override',
+           'values_of', 'atomic_path', 'inside', 'progress', 'generator', 'seed_everything']
 
 # %% ../nbs/00_core.ipynb #002
 import math
@@ -148,6 +148,40 @@ def read_params(
     if not isinstance(params, dict):
         raise InputError(f'{path} should hold sections of parameters, not {shown(params)}')
     return params
+
+# %% ../nbs/00_core.ipynb #010t
+def merge(
+    values: dict, # name -> value
+    changes: dict, # name -> the value to replace, or a section of such changes, or None to remove it
+    file: str, # that asks for the changes, for error messages
+) -> dict: # neither input is changed
+    "A JSON merge patch (RFC 7396); raises `InputError` where something is removed that is not there."
+    merged = dict(values)
+    for name, change in changes.items():
+        both_sections = isinstance(change, dict) and isinstance(values.get(name), dict)
+        if both_sections:
+            merged[name] = merge(values[name], change, file)
+        elif change is not None:
+            merged[name] = change
+        elif name in values:
+            del merged[name]
+        else:
+            raise InputError(f'{file} removes {name!r} by null, but params.yaml has none there')
+    return merged
+
+def read_study(
+    study: str, # whose changes stand in params.<study>.yaml
+    folder: str | Path | None = None, # that holds both files; default: the repository
+) -> dict: # section name -> values; `study` is the study's name
+    "All sections of params.yaml as a study changes them; raises `InputError` where they cannot be read."
+    folder = Path(folder or root())
+    overlay = folder/f'params.{study}.yaml'
+    studies = sorted(path.suffixes[0][1:] for path in folder.glob('params.*.yaml'))
+    if study not in studies:
+        raise InputError(f'there is no study {study!r}, since there is no params.{study}.yaml; '
+                         f'there are: {", ".join(studies) or "none"}')
+    params = merge(read_params(folder/'params.yaml'), read_params(overlay), overlay.name)
+    return params | dict(study=study)
 
 # %% ../nbs/00_core.ipynb #012
 NAME = r'^\w([\w -]*\w)?$'      # of a dataset, task, variant or setting

@@ -77,16 +77,21 @@ def run_stage(
 def names_of(
     given: dict, # dataset, variant, task or seed -> value
     params: dict, # sections of params.yaml
-) -> dict: # the same, with study and localize
+) -> dict: # the same, with study, localize and, of a dataset, path
     "What may stand in a path's pattern; raises `InputError` for a name that would leave its folder."
     study, localized = params.get('study'), section_of(params, 'localize').get('dataset')
     wrong = mistakes(FolderName, study, 'study') + mistakes(Name, localized, 'localize.dataset')
+    names = given | dict(study=study, localize=localized)
     for option in ('dataset', 'variant', 'task'):
         if option in given:
             wrong += mistakes(Name, given[option], option)
+    if 'dataset' in given and not wrong:
+        row = section_of(section_of(params, 'datasets'), given['dataset'])
+        names['path'] = row.get('path')
+        wrong += mistakes(FolderName, names['path'], f"datasets.{given['dataset']}.path")
     if wrong:
         raise InputError('\n'.join(wrong))
-    return given | dict(study=study, localize=localized)
+    return names
 
 # %% ../nbs/62_stage.ipynb #012
 def main(arguments: list[str] | None = None):
@@ -98,11 +103,15 @@ def main(arguments: list[str] | None = None):
     for name in ('dataset', 'variant', 'task'):
         parser.add_argument(f'--{name}', help=f'{name} of the stage, a parameter of the notebook')
     parser.add_argument('--seed', type=int, help='seed of the stage, a parameter of the notebook')
+    parser.add_argument('--foreach', choices=['dataset'], help='take this name from what follows the @ in $DVC_STAGE')
     given = parser.parse_args(arguments)
     logging.basicConfig(level='INFO', format='%(message)s') # what the notebook prints, while it runs
-    item = {name: value for name, value in vars(given).items() if name in ('dataset', 'variant', 'task', 'seed') and value is not None}
+    options = 'dataset', 'variant', 'task', 'seed'
+    item = {name: value for name, value in vars(given).items() if name in options and value is not None}
     if 'DVC_STAGE' in os.environ:
         end_with_parent() # nobody else would record what comes out
+    if given.foreach:
+        item[given.foreach] = os.environ.get('DVC_STAGE', '').partition('@')[2]
     try:
         names = names_of(item, read_params())
         output = given.output.format(**names)

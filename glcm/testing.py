@@ -9,7 +9,7 @@ __all__ = ['tiny_params', 'tiny_clips', 'tiny_run']
 import tempfile
 from pathlib import Path
 
-from .core import override, parse, read_params
+from .core import override, parse, read_params, read_study
 from .data.audio import AudioConfig
 from .datasets.catalogue import read_catalogue
 from .miniature.world import write_world
@@ -23,11 +23,16 @@ from .training.checkpoints import load_model
 from .training.pretrain import pretrain
 
 # %% ../nbs/63_testing.ipynb #004
-def tiny_params() -> dict: # sections of params.yaml
+def tiny_params(
+    study: str | None = None, # a study; default: params.yaml as it is
+) -> dict: # sections of params.yaml
     "The repository's parameters with a network and a training that take seconds."
-    tiny = dict(model=dict(width=8, embedding=16), pretrain=dict(steps=6, batch=3, warmup_steps=2), machine=dict(gpus=1, workers=0))
-    params = read_params()
-    return override(params, tiny | dict(grid=params['grids']['small']), 'the tiny run')
+    tiny = dict(
+        model=dict(width=8, embedding=16),
+        pretrain=dict(steps=6, batch=3, warmup_steps=2),
+        machine=dict(gpus=1, workers=0))
+    params = read_study(study) if study else read_params()
+    return override(params, tiny, 'the tiny run')
 
 # %% ../nbs/63_testing.ipynb #007
 def tiny_clips(
@@ -37,11 +42,13 @@ def tiny_clips(
 ) -> Path: # the dataset's folder of shards
     "Clip shards of a few clips of the miniature world."
     params, out = read_params(), Path(clips)/dataset
+    clip = parse(ClipConfig, params['datasets'][dataset], dataset)
+    audio = parse(AudioConfig, params['audio'], 'audio')
+    stored = parse(StoreConfig, params['store'], 'store')
     with tempfile.TemporaryDirectory() as folder:
         write_world(folder, {dataset: sizes}, workers=0)
         source = Path(folder)/dataset
-        preprocess(read_catalogue(dataset, source), source, out, parse(ClipConfig, params['datasets'][dataset], dataset),
-                   parse(AudioConfig, params['audio'], 'audio'), parse(StoreConfig, params['store'], 'store'), params['views']['frames'])
+        preprocess(read_catalogue(dataset, source), source, out, clip, audio, stored, params['views']['frames'])
     return out
 
 # %% ../nbs/63_testing.ipynb #009
@@ -49,7 +56,7 @@ def tiny_run(
     artifacts: str | Path, # folder to write every stage's outputs to
 ) -> dict: # the parameters it was made with
     "What the pipeline leaves behind for one variant and one seed: clips, checkpoint, scores and predictions."
-    artifacts, params = Path(artifacts), override(tiny_params(), dict(grid=dict(variants=['glcm'], seeds=[0])), 'the tiny run')
+    artifacts, params = Path(artifacts), tiny_params() | dict(matrix=dict(variants=['glcm'], seeds=[0]), experiments=dict(esc50=dict(plain=['glcm'])))
     for dataset, size in dict(kinetics700='train', avspeech='speech', vggss='held_out').items():
         tiny_clips(artifacts/'clips', dataset, **{size: 4})
     tiny_clips(artifacts/'clips', 'esc50', recordings=1)

@@ -8,17 +8,17 @@ import sys
 import torch
 from torch import nn
 
-from glcm.core import read_params, root
+from glcm.core import read_params, read_study
 from glcm.model import GLCM
 from glcm.training.config import run_config
 
 CLIPS = 2
-FILES = dict(default='params.yaml', paper='params.paper.yaml')
 
 
 def convolutions(network):
     "The distinct convolutions of a network, and the shapes of their inputs: name -> (module, shape)."
-    config = run_config(read_params(root()/FILES[network]), 'glcm', 0)
+    params = read_study('paper') if network == 'paper' else read_params()
+    config = run_config(params, 'glcm', 0)
     side = 40 if network == 'paper' else config.views.crop # changes no depth and no kernel
     frames, found = config.views.frames, {}
 

@@ -15,12 +15,12 @@ FLOORS = [ # a module imports from lower floors and from its own
     {'training'},
     {'tasks'},
     {'report'},
-    {'params', 'export', 'stage'},
+    {'params', 'export', 'stage', 'study'},
     {'miniature'},
     {'testing'},
 ]
 PARTS = ['core', 'encoders', 'attention', 'losses', 'model', 'distributed', 'processes', 'data', 'datasets', 'training',
-         'tasks', 'report', 'params', 'export', 'stage', 'testing', 'miniature']
+         'tasks', 'report', 'params', 'export', 'stage', 'study', 'testing', 'miniature']
 
 
 def module_names(path):

@@ -10,17 +10,24 @@ import pytest
 import yaml
 from dvc.parsing.interpolate import to_str
 
-from glcm.core import InputError, read_params, root
+from glcm.core import InputError, read_params, read_study, root
 from glcm.data.audio import AudioConfig
 from glcm.data.clip import ClipConfig
 from glcm.data.workers import PreprocessConfig
 from glcm.params import check_params, schema
 from glcm.stage import names_of
 
-FILES = 'params.yaml', 'params.paper.yaml', 'params.grid.yaml', 'params.esc10.yaml'
-PARAMS = read_params()
+STUDIES = 'full', 'paper', 'grid', 'esc10', 'seeds'
+FILES = 'params.yaml', *(f'params.{study}.yaml' for study in STUDIES)
+PARAMS = read_study('full')
 BAD_NAMES = ['', '.', '..', '../x', 'a/../b', '/etc', 'a/b', 'a\\b', '-p', '--variant', '.hidden', 'a ', ' a', 'a\n', 'a\nb', 'a\0', 'a' * 101,
              "x; touch PWNED", "x'; touch PWNED; '", 'x"y', '$(touch PWNED)', '${HOME}', '`touch PWNED`', 'a&b', 'a|b', 'a>b', 'a*', 'a?', 'a!', 'a#', '~', 'a%b', '{x}']
+
+
+def dvc_stages():
+    "The stages of dvc.yaml; of one that runs for each dataset, what it does."
+    stages = yaml.safe_load((root()/'dvc.yaml').read_text())['stages']
+    return {name: stage.get('do', stage) for name, stage in stages.items()}
 
 
 def told(params):
@@ -34,15 +41,39 @@ def told(params):
 
 # -- the files of the repository ---------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('file', FILES)
-def test_files_of_the_repository_are_right_and_read_as_they_stand(file):
-    sections = read_params(root()/file)
+@pytest.mark.parametrize('study', ['default', *STUDIES])
+def test_parameters_of_every_study_are_right_and_read_as_they_stand(study):
+    sections = read_params() if study == 'default' else read_study(study)
     params = check_params(sections)
-    for name in ('audio', 'store', 'preprocess', 'views', 'pretrain', 'machine', 'grid', 'figures'):
+    for name in ('audio', 'store', 'preprocess', 'views', 'pretrain', 'machine', 'matrix', 'figures'):
         values = vars(getattr(params, name))
         assert {key: values[key] for key in sections[name]} == sections[name]
     assert [params.datasets[name].fps for name in sections['datasets']] == [values['fps'] for values in sections['datasets'].values()]
-    assert params.model == sections['model'] and params.loss == sections['loss'] and params.study == sections['study']
+    assert params.model == sections['model'] and params.loss == sections['loss'] and params.study == study
+
+
+@pytest.mark.parametrize('study', STUDIES)
+def test_a_study_holds_what_differs_and_nothing_else(study):
+    "No value of its file is that of params.yaml, but for the paper's where a comment explains it."
+    explained = {('views', 'flip'), ('views', 'gray'), ('model', 'detach_attention')} if study == 'paper' else set()
+
+    def repeated(base, changes, place=()):
+        found = set()
+        for name, value in changes.items():
+            if isinstance(value, dict) and isinstance(base.get(name), dict):
+                found |= repeated(base[name], value, (*place, name))
+            elif name in base and base[name] == value:
+                found.add((*place, name))
+        return found
+    assert repeated(read_params(), read_params(root()/f'params.{study}.yaml')) == explained
+
+
+def test_a_mistake_in_a_study_is_reported_as_one_in_the_whole(tmp_path):
+    (tmp_path/'params.yaml').write_text((root()/'params.yaml').read_text())
+    (tmp_path/'params.mine.yaml').write_text('pretrain: {stepz: 5}\nmatrix: {seeds: [0, 0]}\n')
+    lines = told(read_study('mine', tmp_path))
+    assert any("pretrain has no parameter 'stepz': did you mean 'steps'?" in line for line in lines)
+    assert any('seeds holds 0 twice' in line for line in lines)
 
 
 def test_schema_in_git_is_the_current_one():
@@ -61,7 +92,7 @@ def test_every_parameter_has_a_meaning():
 WRONG = dict(
     text='abc', digits='3', true=True, list=[1], section=dict(a=1), null=None, negative=-1, small_negative=-0.5, zero=0, half=2.5, huge=10**12,
     huge_float=1e300, longer_than_a_float=10**400, infinite=float('inf'), minus_infinite=float('-inf'), nan=float('nan'))
-MAY_BE_NULL = {'clips', 'min_frames', 'reader'}
+MAY_BE_NULL = {'clips', 'min_frames', 'reader', 'path'}
 MAY_BE_ZERO = {
     'seeds', 'max_rejected', 'shift', 'flip', 'gray', 'local_embedding', 'grid', 'local_weight', 'block', 'steps', 'warmup_steps', 'weight_decay',
     'workers', 'restarts', 'checkpoint_minutes', 'frozen', 'frames'}
@@ -110,8 +141,8 @@ def parameter(place): return next(part for part in reversed(place) if isinstance
 
 
 def is_not_looked_up(place):
-    "Free texts, and names in what the grid does not run."
-    return place[0] in ('study', 'grids') or place == ('figures', 'data') or place[0] == 'variants' and 'datasets' in place
+    "Free texts, folders, and names in what is not run."
+    return place[0] == 'study' or place == ('figures', 'data') or place[-1] == 'path' or place[0] == 'variants' and 'datasets' in place
 
 
 def may_be(kind, place, original):
@@ -148,7 +179,7 @@ def test_each_parameter_misspelt():
     "The message says which name was meant."
     found = 0
     for place, original in PLACES:
-        if not isinstance(place[-1], str) or place[0] in ('grid', 'grids') or place[:2] == place and place[0] in ('variants', 'settings'):
+        if not isinstance(place[-1], str) or place[0] in ('matrix', 'experiments') or place[:2] == place and place[0] in ('variants', 'settings'):
             continue
         name = place[-1]
         lines = told_with(place, lambda holder: holder.update({f'{name}x': holder.pop(name)}))
@@ -162,11 +193,11 @@ def test_each_section_left_out_or_of_another_kind():
     for name in PARAMS:
         for value in (None, 0, 'abc', [], [1], True, {}, {1: 2}, {'a b': 'c'}, {None: None}):
             lines = told(PARAMS | {name: value})
-            assert lines and name in ' '.join(lines) or (name, value) in [('grids', {}), ('preprocess', {}), ('study', 'abc')], (name, value)
-        assert told({section: values for section, values in PARAMS.items() if section != name}) or name == 'grids'
+            assert lines and name in ' '.join(lines) or (name, value) in [('experiments', {}), ('preprocess', {}), ('study', 'abc')], (name, value)
+        assert told({section: values for section, values in PARAMS.items() if section != name})
 
 
-@pytest.mark.parametrize('section', ['datasets', 'variants', 'finetune', 'settings', 'grids'])
+@pytest.mark.parametrize('section', ['datasets', 'variants', 'finetune', 'settings'])
 @pytest.mark.parametrize('value', [None, 0, 'abc', [], [1], True])
 def test_each_row_of_another_kind(section, value):
     for name in PARAMS[section]:
@@ -183,18 +214,20 @@ def test_all_mistakes_are_told_at_once():
     params['machine']['gpus'] = '1'
     params['variants']['paper']['views']['shift'] = -3
     params['settings']['tenth']['labels'] = 10
-    params['grid']['variants'] = ['glcm', 'sratch']
-    params['datasets']['holiday'] = dict(fps=10, short_side=64, max_rejected=0.1)
+    params['matrix']['variants'] = ['glcm', 'sratch']
+    params['datasets']['holiday'] = dict(path='holiday', fps=10, short_side=64, max_rejected=0.1)
     lines = told(params)
     for text in ('loss.temperature should be a finite number, not .inf', "model has no parameter 'widht': did you mean 'width'?", "model lacks 'width'",
                  "machine.gpus should be a whole number, not '1'", 'variants.paper.views.shift should be 0 or more, not -3',
                  'settings.tenth.labels should be 1 or less, not 10', 'datasets.holiday.reader should say which layout'):
         assert sum(text in line for line in lines) == 1, (text, lines)
     params = copy.deepcopy(PARAMS)
-    params['grid'] |= dict(variants=['glcm', 'sratch'], tasks=dict(lrw=['plain']))
+    params['matrix']['variants'] = ['glcm', 'sratch']
+    params['experiments'] = dict(vggss=dict(plain=['glcm']), lrw=dict(plain=['scratch']))
     params['localize']['dataset'] = 'vgss'
     lines = told(params)
-    for text in ("grid.variants names 'sratch', which `variants` has not: did you mean 'scratch'?", "grid.tasks names 'lrw', which `grid.datasets` has not",
+    for text in ("matrix.variants names 'sratch', which `variants` has not: did you mean 'scratch'?",
+                 "experiments names 'vggss', which `finetune` has not", "experiments.lrw.plain names 'scratch', which `matrix.variants` has not",
                  "localize.dataset names 'vgss', which `datasets` has not: did you mean 'vggss'?"):
         assert sum(text in line for line in lines) == 1, (text, lines)
 
@@ -202,7 +235,7 @@ def test_all_mistakes_are_told_at_once():
 @pytest.mark.parametrize('section, values, message', [
     ('variants', dict(glcm=dict(views=dict(frames=18))), 'cannot be spread evenly over views.frames = 18 (variant glcm)'),
     ('variants', dict(scratch=dict(model=dict(slices_per_step=5))), 'is not divisible by'),
-    ('variants', dict(glcm=dict(pretrain=dict(datasets=['flickr_soundnet']))), "pretrain.datasets names 'flickr_soundnet', which `grid.datasets` has not"),
+    ('variants', dict(glcm=dict(pretrain=dict(datasets=['flickr_soundnet']))), "pretrain.datasets names flickr_soundnet; `datasets` has: kinetics700"),
     ('variants', dict(glcm=dict(model=dict(bands=3))), "variants.glcm.model has no parameter 'bands'"),
     ('settings', dict(plain=dict(frames=0)), 'with audio, frames should say how long a window is'),
     ('settings', dict(plain=dict(layers=3)), "no parameter 'layers'"),
@@ -218,7 +251,7 @@ def test_what_is_wrong_only_after_merging(section, values, message):
 @pytest.mark.parametrize('name', BAD_NAMES)
 def test_names_that_would_reach_a_shell_or_leave_a_folder(name):
     "Refused where the file is read, and by each stage once more."
-    grid = PARAMS['grid']
+    matrix = PARAMS['matrix']
     for params, where in (
             (PARAMS | dict(study=name), 'study'),
             (PARAMS | dict(datasets=PARAMS['datasets'] | {name: PARAMS['datasets']['esc50']}), 'datasets'),
@@ -226,9 +259,10 @@ def test_names_that_would_reach_a_shell_or_leave_a_folder(name):
             (PARAMS | dict(finetune=PARAMS['finetune'] | {name: PARAMS['finetune']['esc50']}), 'finetune'),
             (PARAMS | dict(settings=PARAMS['settings'] | {name: {}}), 'settings'),
             (PARAMS | dict(localize=dict(dataset=name)), 'localize.dataset'),
-            *((PARAMS | dict(grid=grid | {part: [name]}), f'grid.{part}[0]') for part in ('datasets', 'variants')),
-            (PARAMS | dict(grid=grid | dict(tasks={name: ['plain']})), 'grid.tasks'),
-            (PARAMS | dict(grid=grid | dict(tasks=dict(esc50=[name]))), 'grid.tasks.esc50[0]')):
+            (PARAMS | dict(matrix=matrix | dict(variants=[name])), 'matrix.variants[0]'),
+            (PARAMS | dict(experiments={name: dict(plain=['glcm'])}), 'experiments'),
+            (PARAMS | dict(experiments=dict(esc50={name: ['glcm']})), 'experiments.esc50'),
+            (PARAMS | dict(experiments=dict(esc50=dict(plain=[name]))), 'experiments.esc50.plain[0]')):
         assert any(line.removeprefix('params.yaml: ').strip().startswith((f'{where} should be', f'a name in {where} should be')) for line in told(params)), where
     for option in ('dataset', 'variant', 'task'):
         with pytest.raises(InputError, match=f'^{option} should be'):
@@ -242,25 +276,26 @@ def test_names_that_would_reach_a_shell_or_leave_a_folder(name):
 def test_names_with_spaces_are_good():
     params = copy.deepcopy(PARAMS)
     params['study'] = 'my study 1.0'
-    params['datasets']['my films'] = params['datasets']['kinetics700'] | dict(reader='folder')
+    params['datasets']['my films'] = params['datasets']['kinetics700'] | dict(path='films of 2026', reader='folder')
     params['variants']['my-variant_2'] = {}
-    params['grid'] |= dict(datasets=[*params['grid']['datasets'], 'my films'], variants=['my-variant_2'])
+    params['matrix']['variants'] = ['my-variant_2']
+    params['experiments'] = {}
     params['localize']['dataset'] = 'my films'
     assert told(params) == []
 
 
 def test_commands_get_names_from_nothing_but_the_dictionary_that_dvc_quotes():
-    stages = yaml.safe_load((root()/'dvc.yaml').read_text())['stages']
+    stages = dvc_stages()
     for name, stage in stages.items():
         words = [word for word in shlex.split(stage['cmd'][0] if isinstance(stage['cmd'], list) else stage['cmd']) if '$' in word]
-        assert set(words) <= {'${run}', '${item}'}, (name, words)
+        assert set(words) <= {'${run}', '${item}'} - ({'${item}'} if name == 'preprocess' else set()), (name, words)
     for name in BAD_NAMES:
         assert shlex.split(to_str(dict(dataset=name))) == ['--dataset', name]
 
 
 def test_every_stage_comes_after_the_check():
     "What a stage depends on leads to the check of the parameters."
-    stages = yaml.safe_load((root()/'dvc.yaml').read_text())['stages']
+    stages = dvc_stages()
     outs = {(next(iter(out)) if isinstance(out, dict) else out).split('$')[0].rstrip('/'): name for name, stage in stages.items() for out in stage['outs']}
     def before(name): return {outs[path.split('$')[0].rstrip('/')] for path in stages[name]['deps'] if path.split('$')[0].rstrip('/') in outs}
     for name in stages:
@@ -273,7 +308,7 @@ def test_every_stage_comes_after_the_check():
 
 def test_what_is_named_by_a_name_alone_is_not_removed_by_dvc():
     "Of these paths DVC would remove whatever `..` makes of them, before a stage begins."
-    stages = yaml.safe_load((root()/'dvc.yaml').read_text())['stages']
+    stages = dvc_stages()
     for stage in stages.values():
         for out in stage['outs']:
             path, options = next(iter(out.items())) if isinstance(out, dict) else (out, {})

@@ -1,5 +1,6 @@
 """The whole pipeline on a tiny world: it runs, does nothing twice, and reruns just what a change asks for."""
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -66,7 +67,7 @@ def project(tmp_path_factory):
 
 def test_results_are_written(project):
     metrics = pd.read_csv(project/'results'/'default'/'metrics.csv')
-    assert metrics.variant.tolist() == tiny_params()['grid']['variants']
+    assert metrics.variant.tolist() == tiny_params()['matrix']['variants']
     assert metrics.drop(columns='variant').notna().all(axis=None)
     tasks = pd.read_csv(project/'results'/'default'/'tasks.csv').set_index('variant')
     for variant in metrics.variant:
@@ -135,26 +136,43 @@ def test_names_reach_no_shell_and_leave_no_folder(project, name):
     try:
         output = run(project, 'dvc', 'repro', '-s', 'figures', fails=True)
         assert 'study should be a name of letters' in output or name == '..' # which DVC refuses by itself
-        grid = params['grid'] | dict(variants=[name])
-        (project/'params.yaml').write_text(yaml.safe_dump(params | dict(grid=grid, variants={name: {}}), sort_keys=False))
+        matrix = dict(variants=[name], seeds=[0])
+        (project/'params.yaml').write_text(yaml.safe_dump(params | dict(matrix=matrix, variants={name: {}}), sort_keys=False))
         assert 'variant should be a name of letters' in run(project, 'dvc', 'repro', '-s', '-f', 'localize', fails=True)
     finally:
         (project/'params.yaml').write_text(before)
     assert not list(project.rglob('PWNED')) and (project/'nbs'/'00_core.ipynb').exists() and (project/'results'/'default'/'tables.md').exists()
 
 
-def test_own_videos_are_enough_to_pretrain(tmp_path):
-    "A folder of films, its name with a space, a few lines of params.yaml, and one command."
-    folder, params = tmp_path/'project', tiny_params()
-    params['datasets']['my holiday'] = dict(reader='folder', fps=10, short_side=64, max_rejected=0.5)
-    params['pretrain']['datasets'] = ['my holiday']
-    params['grid'] = params['grid'] | dict(datasets=['my holiday'], tasks={})
-    copy_of_the_repository(folder, params)
+def test_a_study_runs_beside_the_default_run(project):
+    "In a folder of its own; what both have in common comes from the cache, and nothing of the default run is touched."
+    (project/'params.alone.yaml').write_text('matrix: {variants: [glcm]}\nexperiments: {esc50: {plain: [glcm]}}\n')
+    kept = {name: (project/name).read_bytes() for name in ('params.yaml', 'dvc.yaml', 'dvc.lock')}
+    output = run(project, sys.executable, '-m', 'glcm.study', 'alone')
+    assert ran(output) == {'figures'}, 'all else stands in the cache'
+    assert pd.read_csv(project/'results'/'alone'/'metrics.csv').variant.tolist() == ['glcm']
+    assert {name: (project/name).read_bytes() for name in kept} == kept
+    assert to_run(project) == set()
+
+
+def test_own_videos_as_the_readme_describes_them(tmp_path):
+    "A folder of films, the file of parameters that README prints, and one command, with a tiny network."
+    folder = tmp_path/'project'
+    copy_of_the_repository(folder, tiny_params() | dict(figures=dict(data='films', clips=2, dpi=50)))
+    printed = re.search(r'```yaml\n(datasets:.*?)```', (ROOT/'README.md').read_text(), re.DOTALL)[1]
+    study = yaml.safe_load(printed)
+    study['datasets']['holiday'] |= dict(path='films of 2026', short_side=64, max_rejected=0.5)
+    (folder/'params.holiday.yaml').write_text(yaml.safe_dump(study))
     write_world(tmp_path/'world', dict(kinetics700=dict(train=5)), workers=0)
     for k, film in enumerate(sorted((tmp_path/'world'/'kinetics700').rglob('*.mp4'))):
-        (folder/'data'/'my holiday'/f'day {k//3}').mkdir(parents=True, exist_ok=True)
-        shutil.copy(film, folder/'data'/'my holiday'/f'day {k//3}'/f'film {k}.mp4')
-    (folder/'data'/'my holiday'/'notes.mp4').write_text('not a film')
-    assert ran(run(folder, 'dvc', 'repro', 'pretrain')) == {'check', 'preprocess', 'gather', 'pretrain'}
-    assert (folder/'artifacts'/'pretrain'/'glcm-0'/'checkpoint.pt').exists()
-    assert pd.read_csv(folder/'artifacts'/'clips'/'my holiday'/'rejected.csv')[['clip', 'reason']].values.tolist() == [['notes.mp4', 'does not decode']]
+        day = folder/'data'/'films of 2026'/f'day {k//3}'
+        day.mkdir(parents=True, exist_ok=True)
+        shutil.copy(film, day/f'film {k}.mp4')
+    (folder/'data'/'films of 2026'/'notes.mp4').write_text('not a film')
+    output = run(folder, sys.executable, '-m', 'glcm.study', 'holiday')
+    assert ran(output) == {'check', 'preprocess', 'gather', 'pretrain', 'localize', 'figures'}
+    artifacts = folder/'studies'/'holiday'/'artifacts'
+    assert (artifacts/'pretrain'/'glcm-0'/'checkpoint.pt').exists()
+    rejected = pd.read_csv(artifacts/'clips'/'holiday'/'rejected.csv')
+    assert rejected[['clip', 'reason']].values.tolist() == [['notes.mp4', 'does not decode']]
+    assert (folder/'results'/'holiday'/'attention.png').stat().st_size > 1000

@@ -19,7 +19,7 @@ def test_tables_are_made_from_results(tmp_path):
     assert copy.read_text() == README
 
 
-@pytest.mark.skipif(not (ROOT/'results'/'seeds').exists(), reason='the seeds study was not run yet (make seeds)')
+@pytest.mark.skipif(not (ROOT/'results'/'seeds').exists(), reason='the seeds study was not run yet (make repro STUDY=seeds)')
 def test_seeds_study_has_three_seeds_and_finds_what_sounds():
     metrics = pd.read_csv(ROOT/'results'/'seeds'/'metrics.csv')
     baselines = pd.read_csv(ROOT/'results'/'seeds'/'baselines.csv')
@@ -33,7 +33,7 @@ def test_seeds_study_has_three_seeds_and_finds_what_sounds():
 SEEDS = ROOT/'results'/'seeds'/'differences.csv'
 
 
-@pytest.mark.skipif(not SEEDS.exists(), reason='the seeds study has no differences yet (make seeds)')
+@pytest.mark.skipif(not SEEDS.exists(), reason='the seeds study has no differences yet (make repro STUDY=seeds)')
 @pytest.mark.parametrize('metric', ['pointing', 'synchronisation'])
 def test_pretraining_is_told_from_random_weights_clip_by_clip(metric):
     "The whole interval of the paired difference is above zero."

@@ -17,12 +17,12 @@ import pytest
 import torch
 from torch import nn
 
-from glcm.core import read_params, root
+from glcm.core import read_study, root
 from glcm.model import GLCM, glcm_loss
 from glcm.training.config import run_config
 
 REFERENCE = Path(__file__).with_name('released.json')
-CONFIG = run_config(read_params(root()/'params.paper.yaml'), 'released', 0)
+CONFIG = run_config(read_study('paper'), 'released', 0)
 THEIRS = dict( # their names -> ours
     v_slow='global_encoder', v_fast='local_encoder', downsample='shortcut', v_proj1='project.video_global',
     v_proj2='project.video_local', a_proj1='project.audio_global', a_proj2='project.audio_local')

@@ -5,7 +5,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from glcm.core import read_params, root
+from glcm.core import read_study, root
 from glcm.miniature.world import SIZES
 from glcm.report.tables import (
     TASK_COLUMNS, input_name, paper_tables, read_layout, read_reported, share_of_labels, task_metrics,
@@ -14,19 +14,19 @@ from glcm.tasks.config import settings_of, task_config
 
 REPORTED = read_reported(root()/'nbs'/'reported.csv')
 LAYOUT = read_layout(root()/'nbs'/'layout.csv', REPORTED)
-FILES = 'params.yaml', 'params.paper.yaml'
+STUDIES = 'full', 'paper'
 PAPER_METRICS = dict(zip(LAYOUT.task, LAYOUT.metric)) # task -> such as LRW top-1
 METRICS = dict(WER='wer', AUC='auc') | {'top-1': 'top1'}
 
 
-def full_grid(file):
-    "The metrics of the full grid, each number another one."
-    params = read_params(root()/file)
-    grid, rows = params['grids']['full'], []
-    for variant in grid['variants']:
-        for task in grid['tasks']:
+def all_scores(study):
+    "The metrics of all experiments of a study, each number another one."
+    params = read_study(study)
+    experiments, rows = params['experiments'], []
+    for variant in params['matrix']['variants']:
+        for task in experiments:
             metric = METRICS[PAPER_METRICS[task].split()[1]]
-            for setting in settings_of(grid, variant, task):
+            for setting in settings_of(experiments, variant, task):
                 input_ = input_name(task_config(params, task, setting))
                 value = 0.1 + len(rows)/1000
                 about = [variant, 0, task, setting, input_, 1.0, metric]
@@ -49,16 +49,16 @@ def test_a_task_has_one_metric():
     assert LAYOUT.groupby('task').metric.nunique().eq(1).all()
 
 
-@pytest.mark.parametrize('file', FILES)
-def test_full_grid_fills_every_cell_with_the_papers_input(file):
-    scores = full_grid(file).set_index(['variant', 'task', 'setting']).input
+@pytest.mark.parametrize('study', STUDIES)
+def test_every_cell_is_filled_with_the_papers_input(study):
+    scores = all_scores(study).set_index(['variant', 'task', 'setting']).input
     for cell in LAYOUT.itertuples():
         assert scores[cell.variant, cell.task, cell.setting] == cell.input, cell
 
 
-@pytest.mark.parametrize('file', FILES)
-def test_every_number_of_the_paper_is_shown_in_its_table(file):
-    text = paper_tables(full_grid(file), LAYOUT, REPORTED)
+@pytest.mark.parametrize('study', STUDIES)
+def test_every_number_of_the_paper_is_shown_in_its_table(study):
+    text = paper_tables(all_scores(study), LAYOUT, REPORTED)
     for number, rows in REPORTED.groupby('table'):
         shown = []
         for line in table(text, number).splitlines():
@@ -68,7 +68,7 @@ def test_every_number_of_the_paper_is_shown_in_its_table(file):
 
 
 def test_competitors_stand_apart_from_what_was_measured():
-    text = paper_tables(full_grid('params.yaml'), LAYOUT, REPORTED)
+    text = paper_tables(all_scores('full'), LAYOUT, REPORTED)
     for number, system in [(1, 'AVSlowFast'), (2, 'MDS'), (3, 'XDC'), (4, 'MoCo')]:
         lines = [line for line in table(text, number).splitlines() if f'| {system} |' in line]
         assert lines and all(line.startswith('> |') for line in lines)
@@ -77,7 +77,7 @@ def test_competitors_stand_apart_from_what_was_measured():
 
 
 def test_tables_4_and_6_are_of_the_small_pretraining_set():
-    scores = full_grid('params.yaml')
+    scores = all_scores('full')
     text = paper_tables(scores, LAYOUT, REPORTED)
     small = scores.variant.isin(['glcm_15k', 'glcm_15k_no_mil'])
     without = paper_tables(scores.assign(value=scores.value.where(small, 0.999)), LAYOUT, REPORTED)
@@ -92,7 +92,7 @@ def test_tables_4_and_6_are_of_the_small_pretraining_set():
 
 def test_whole_frames_are_not_set_beside_crops():
     "A run whose words are read from whole frames leaves the cells of lip crops empty."
-    scores = full_grid('params.yaml')
+    scores = all_scores('full')
     plain_lips = scores.task.isin(['lrw', 'lrs2']) & (scores.setting == 'plain')
     frames = scores.assign(input=scores.input.mask(plain_lips, 'full_frame'))
     lines = table(paper_tables(frames, LAYOUT, REPORTED), 5).splitlines()
@@ -176,7 +176,7 @@ def test_settings_of_a_variant_are_compared(correct):
 def test_scores_of_seeds_stay_apart():
     correct = np.arange(60) < 30
     predictions = {('glcm', 'lrw', 'plain'): pd.concat([words(correct, 0), words(~correct, 1)])}
-    scores = task_metrics(predictions, read_params())
+    scores = task_metrics(predictions, read_study('full'))
     assert scores.seed.tolist() == [0, 1]
     assert scores.value.tolist() == pytest.approx([0.5, 0.5])
     assert (scores.clips == 60).all()
@@ -186,7 +186,7 @@ def test_scores_of_seeds_stay_apart():
 
 def test_words_for_the_tables_count_the_miniature():
     "54 clips are the share of the drawn training clips that 15,000 are of 240,000."
-    params = read_params()
+    params = read_study('full')
     drawn = SIZES['kinetics700']['train'] + SIZES['avspeech']['speech']*5//6 # a sixth of the speech is for testing
     clips = params['variants']['glcm_15k']['pretrain']['clips']
     assert clips == drawn*15_000//240_000

@@ -10,7 +10,7 @@ import torch
 from sklearn.metrics import balanced_accuracy_score, log_loss, roc_auc_score
 from torch.nn import functional as F
 
-from glcm.core import InputError, generator, read_params, root
+from glcm.core import InputError, generator, read_study
 from glcm.data.shards import ClipStore
 from glcm.encoders import BasicBlock
 from glcm.tasks.metrics import deepfake_scores, sentence_errors, sentence_scores
@@ -21,7 +21,8 @@ from glcm.tasks.classify import Classifier
 from glcm.tasks.features import Features
 from glcm.tasks.finetune import (CachedFeatures, FinetuneState, decay_groups, finetune, fit, forward_batch, load_network,
                                  predict_clips, to_inputs)
-from glcm.tasks.config import settings_of, task_config
+from glcm.params import check_params
+from glcm.tasks.config import task_config
 from glcm.tasks.windows import LabelledWindows, collate_windows, window_batches
 from glcm.tasks.sentences import CHARACTERS, BLANK, SentenceRecognizer, beam_search, encode_text
 from glcm.testing import tiny_clips, tiny_params
@@ -438,7 +439,7 @@ def test_sentences_can_be_memorised(films):
 
 def test_sizes_of_the_paper():
     "LRW by Table 1: 29 frames of 112x112 pixels, 1,024 features a frame, 500 words."
-    params = read_params(root()/'params.paper.yaml')
+    params = read_study('paper')
     run = run_config(params, 'glcm', 0)
     network = Classifier(GLCM(run.model), run, task_config(params, 'lrw'), [f'word {k}' for k in range(500)]).eval()
     with torch.inference_mode():
@@ -448,24 +449,24 @@ def test_sizes_of_the_paper():
 
 
 @pytest.mark.parametrize('name, task, probes', [
-    ('params.yaml', 'lrs2', ['probe']), ('params.yaml', 'grid', ['probe']), ('params.grid.yaml', 'grid', ['probe', 'probe_tenth', 'probe_hundredth'])])
+    ('full', 'lrs2', ['probe']), ('grid', 'grid', ['probe', 'probe_tenth', 'probe_hundredth'])])
 def test_readers_choose_between_frozen_encoders_first_and_none(name, task, probes):
-    params = read_params(root()/name)
+    params = read_study(name)
     assert [bool(c.frozen) for c in task_config(params, task).candidates()] == [True, False]
     for probe in probes:
         assert task_config(params, task, probe).choose == []
 
 
-def test_the_full_grids_fit_together():
-    "Every task, in every setting, of every variant of the full grids, here and with the paper's values."
-    for name in ('params.yaml', 'params.paper.yaml', 'params.grid.yaml', 'params.esc10.yaml'):
-        params = read_params(root()/name)
-        for grid in [params['grid'], *params['grids'].values()]:
-            assert set(grid['variants']) <= set(params['variants']) and set(grid['tasks']) <= set(grid['datasets']) <= set(params['datasets'])
-            assert set(params['pretrain']['datasets']) | {params['localize']['dataset']} <= set(grid['datasets'])
-            for variant in grid['variants']:
-                for task in grid['tasks']:
-                    settings = settings_of(grid, variant, task)
-                    assert settings
-                    for setting in settings:
-                        task_config(params, task, setting)
+@pytest.mark.parametrize('study', ['full', 'paper', 'grid', 'esc10', 'seeds'])
+def test_experiments_of_every_study_fit_together(study):
+    "Every task, in every setting, of every variant; each variant is finetuned for something."
+    params = read_study(study)
+    check_params(params, study)
+    finetuned = set()
+    for task, settings in params['experiments'].items():
+        for setting, variants in settings.items():
+            task_config(params, task, setting)
+            finetuned |= set(variants)
+    assert finetuned == set(params['matrix']['variants'])
+    assert len(params['datasets']) == len(set(params['pretrain']['datasets']) | {params['localize']['dataset']} | set(params['experiments'])
+                                          | {name for v in params['matrix']['variants'] for name in run_config(params, v, 0).pretrain.datasets})

@@ -5,7 +5,7 @@ import pytest
 import torch
 import yaml
 
-from glcm.core import InputError, override, parse, read_params, root
+from glcm.core import InputError, override, parse, read_params, read_study, root
 from glcm.data.views import prepare_inputs
 from glcm.model import GLCM, glcm_loss
 from glcm.testing import tiny_params
@@ -14,7 +14,7 @@ from glcm.training.config import MachineConfig, run_config
 from glcm.training.step import training_step
 
 PARAMS = tiny_params()
-FILES = 'params.yaml', 'params.paper.yaml', 'params.grid.yaml', 'params.esc10.yaml'
+STUDIES = 'full', 'paper', 'grid', 'esc10', 'seeds'
 
 
 def batch(config, clips=3):
@@ -25,12 +25,12 @@ def batch(config, clips=3):
                 shift=torch.zeros(clips, dtype=torch.long), clip=list('abc'))
 
 
-ROWS = [(file, variant) for file in FILES for variant in read_params(root()/file)['variants']]
+ROWS = [(study, variant) for study in STUDIES if study != 'seeds' for variant in read_study(study)['variants']]
 
-@pytest.mark.parametrize('file, variant', ROWS)
-def test_one_step_of_every_variant(file, variant):
-    "As the file says, but for thinner encoders and fewer clips."
-    params = read_params(root()/file)
+@pytest.mark.parametrize('study, variant', ROWS)
+def test_one_step_of_every_variant(study, variant):
+    "As the study asks for, but for thinner encoders and fewer clips."
+    params = read_study(study)
     assert run_config(params, variant, 0).variant == variant
     config = run_config(override(params, dict(model=dict(width=8, embedding=16)), 'the test'), variant, 0)
     torch.manual_seed(0)
@@ -65,7 +65,8 @@ STAGE_MODULES = { # what the notebook of each stage calls; pictures within a not
 def test_a_stage_depends_on_what_its_modules_import(stage):
     needed = {path.relative_to(root()).as_posix() for name in STAGE_MODULES[stage] for path in imported_files(name)}
     stages = yaml.safe_load((root()/'dvc.yaml').read_text())['stages']
-    named = {path for path in stages[stage]['deps'] if path.startswith('glcm/')}
+    deps = stages[stage].get('do', stages[stage])['deps']
+    named = {path for path in deps if path.startswith('glcm/')}
     assert named == needed, f'{stage} in dvc.yaml lacks {sorted(needed - named)}, and names {sorted(named - needed)} for nothing'
 
 
@@ -102,10 +103,10 @@ def claimed(config, preset):
     return {(section, name): sections[section][name] for section, name in choices(preset)}
 
 
-@pytest.mark.parametrize('file', FILES)
+@pytest.mark.parametrize('study', STUDIES)
 @pytest.mark.parametrize('preset', PRESETS)
-def test_presets_are_what_they_claim(file, preset):
-    assert claimed(run_config(read_params(root()/file), preset, 0), preset) == choices(preset)
+def test_presets_are_what_they_claim(study, preset):
+    assert claimed(run_config(read_study(study), preset, 0), preset) == choices(preset)
 
 
 @pytest.mark.parametrize('preset', PRESETS)
@@ -126,30 +127,24 @@ def test_presets_do_not_depend_on_the_rest_of_the_file(preset):
 
 
 def test_released_at_the_size_of_the_paper():
-    config = run_config(read_params(root()/'params.paper.yaml'), 'released', 0)
+    config = run_config(read_study('paper'), 'released', 0)
     assert config.views.frames//config.model.global_frames == 8 # every eighth frame
     assert (config.model.width, config.model.embedding) == (64, 512)
     assert config.model.slices_per_step*config.views.frames == 96
 
 
-def test_files_share_their_variants():
-    "All but the numbers of clips, which are those of a file's data."
-    first, *others = (read_params(root()/file)['variants'] for file in FILES)
-    for variants in others:
-        same = [name for name in variants if '15k' not in name]
-        assert {'glcm', 'glcm_no_local', 'glcm_no_mil', 'paper', 'released', 'scratch'} <= set(same)
-        assert {name: variants[name] for name in same} == {name: first[name] for name in same}
-
-
-def names(params):
-    "All names in a file of parameters, but for those of single datasets and tasks."
-    return {f'{section}.{name}' for section, values in params.items() if isinstance(values, dict)
-            for name in (values if section not in ('datasets', 'finetune') else ['...'])} | set(params)
+def test_studies_share_their_variants():
+    "All but which clips they are trained on, which are those of a study's data."
+    base = read_params()['variants']
+    for study in STUDIES:
+        variants = read_study(study)['variants']
+        for name, changes in variants.items():
+            assert {**changes, 'pretrain': None} == {**base[name], 'pretrain': None} or name in ('paper', 'released')
+            assert changes == base[name] or name in ('glcm_15k', 'glcm_15k_no_mil', 'glcm_kinetics')
 
 
 def test_parameters_of_the_paper_are_the_papers():
-    params = read_params(root()/'params.paper.yaml')
-    assert names(params) == names(read_params())
+    params = read_study('paper')
     parse(MachineConfig, params['machine'], 'machine')
     config = run_config(params, 'glcm', 0)
     assert sum(params['datasets'][name]['clips'] for name in config.pretrain.datasets) == 240_000 # K-AV-240K
@@ -163,10 +158,17 @@ def test_parameters_of_the_paper_are_the_papers():
 
 
 def test_k_av_15k_has_15000_clips_of_the_papers_240000():
-    params = read_params(root()/'params.paper.yaml')
+    params = read_study('paper')
     assert [run_config(params, variant, 0).pretrain.clips for variant in ('glcm', 'glcm_15k', 'glcm_15k_no_mil')] == [None, 15_000, 15_000]
     assert not run_config(params, 'glcm_15k_no_mil', 0).loss.mil
-    assert run_config(params, 'glcm_kinetics', 0).pretrain.datasets == ['kinetics700']
+
+
+def test_kinetics_alone_has_the_papers_number_of_clips():
+    params = read_study('paper')
+    name, = run_config(params, 'glcm_kinetics', 0).pretrain.datasets
+    assert params['datasets'][name]['clips'] == 240_000
+    assert {k: v for k, v in params['datasets'][name].items() if k not in ('clips', 'reader')} \
+        == {k: v for k, v in params['datasets']['kinetics700'].items() if k != 'clips'}
 
 
 @pytest.mark.parametrize('variant, changed', [

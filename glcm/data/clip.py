@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 import numpy as np
 from pydantic import Field, StrictBool, StrictInt
 
-from ..core import InputError, Name, Probability, Side, configuration
+from ..core import FolderName, InputError, Name, Probability, Side, configuration
 from .audio import AudioConfig, log_mel
 from .damage import Rejection
 from .faces import face_track_crops, landmarks
@@ -30,6 +30,7 @@ class ClipConfig:
     fps: Annotated[StrictInt, Field(ge=1, le=240)] # frames per second
     short_side: Side           # length of the frames' shorter side, or side of the lip or face crops, pixels
     max_rejected: Probability  # fraction of unusable files above which preprocessing fails
+    path: FolderName | None = None # its folder inside of data/
     reader: Name | None = None # which layout its folder has; default: the one called like the dataset
     crop: Crop = 'none'        # what is kept of the frames; crops need glcm[faces]
     also: Crop = 'none'        # crops that are kept as well, in a folder of that name inside of the dataset's

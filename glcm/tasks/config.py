@@ -107,7 +107,7 @@ CROPS = dict(lip_crop='lips', face_crop='face') # input -> datasets.*.crop or da
 Task = Annotated[TaskConfig | SentenceConfig, Field(discriminator='target')] # what `finetune` holds
 
 def parse_task(
-    values: dict, # of an entry of `finetune`
+    values: dict, # of an entry of `finetune`, whole
     name: str, # of the entry, for error messages
 ) -> TaskConfig:
     "A task's configuration, of the kind that its target needs; raises `InputError` as `parse` does."
@@ -122,7 +122,8 @@ def task_config(
     for section, name in (('finetune', task), ('settings', setting), ('datasets', task)):
         if name not in section_of(params, section):
             raise InputError(f'{section} in params.yaml has no {name!r}; there are: {", ".join(params[section])}')
-    values = section_of(params['finetune'], task) | section_of(params['settings'], setting)
+    defaults = params['finetune'].get('defaults', {})
+    values = defaults | section_of(params['finetune'], task) | section_of(params['settings'], setting)
     config = parse_task(values, f'finetune.{task}' + (f' with settings.{setting}' if setting != 'plain' else ''))
     dataset, needed = section_of(params['datasets'], task), CROPS.get(config.input, 'none')
     if config.uses_video and needed not in (dataset.get('crop', 'none'), dataset.get('also')):
@@ -139,10 +140,9 @@ def clip_folder(
     return folder/needed if config.uses_video and needed != dataset.get('crop', 'none') else folder
 
 def settings_of(
-    grid: dict, # tasks (task -> its settings) and compared (variant -> the settings it is finetuned in), as in params.yaml
+    experiments: dict, # task -> setting -> variants, as in params.yaml
     variant: str,
     task: str,
-) -> list[str]:
-    "The settings in which a variant is finetuned for a task: the task's first one, if the variant is not compared in any of them."
-    settings, wanted = grid['tasks'][task], grid['compared'].get(variant, [])
-    return [setting for setting in settings if setting in wanted] or settings[:1]
+) -> list[str]: # empty where the variant is not finetuned for the task
+    "The settings in which a variant is finetuned for a task."
+    return [setting for setting, variants in experiments[task].items() if variant in variants]
