@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from . import __version__
 from .core import InputError, atomic_path
-from .model import GLCM
+from .model import PARTS, GLCM
 from .training.checkpoints import load_model, model_from, read_checkpoint
 from .training.config import RunConfig
 
@@ -49,7 +49,8 @@ embeddings = model(video, audio)     # model.global_encoder, model.local_encoder
 | `video` | (B, 3, {views.frames}, {views.crop}, {views.crop}) uint8 | RGB frames, {rate:g} a second; any even size of 32 pixels or more |
 | `audio` | (B, {audio.bands}, {views.frames*config.model.mel_per_step}) float32 | log-mel spectrogram of the same {views.frames/rate:g} s, mono, {audio.sample_rate} Hz, window {audio.window}, hop {audio.hop}; (log10 + 2) / 2 |
 
-Trained on {", ".join(pretrain.datasets)} ({"all" if pretrain.clips is None else pretrain.clips} of the training clips; hash of the data {state["data"]}) for {state["step"]} steps of {pretrain.batch} clips. {parameters:,} parameters.
+Trained on {", ".join(pretrain.datasets)} ({"all" if pretrain.clips is None else pretrain.clips} of the training clips; hash of the data {state["data"]}) for {state["step"]} steps of {pretrain.batch} clips. {parameters:,} parameters. \
+Trained by the pretext `{config.pretext.kind}`: {", ".join(model.trained)}{"" if set(model.trained) == set(PARTS) else "; the rest has random weights"}.
 
 {"| measured | |" + chr(10) + "|---|--:|" + chr(10) + table if metrics else "Nothing has been measured with it."}
 
@@ -78,7 +79,8 @@ def export(
     with atomic_path(folder) as bundle:
         bundle.mkdir()
         weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
-        save_file(weights, bundle/'model.safetensors', dict(format='pt', glcm=text))
+        about = dict(format='pt', glcm=text, trained=json.dumps(model.trained))
+        save_file(weights, bundle/'model.safetensors', about)
         (bundle/'config.json').write_text(text + '\n')
         (bundle/'README.md').write_text(model_card(model, config, state, metrics))
 
@@ -100,10 +102,10 @@ def load(
     except (SafetensorError, OSError) as e:
         raise InputError(f'{path} is not a readable safetensors file ({e})') from None
     try:
-        config = json.loads(about['glcm'])
+        state = dict(config=json.loads(about['glcm']), trained=json.loads(about.get('trained', json.dumps(PARTS))))
     except (KeyError, ValueError):
         raise InputError(f'{path} is not a model of glcm: its header has no configuration') from None
-    return model_from(dict(config=config, model=weights), path)
+    return model_from(state | dict(model=weights), path)
 
 # %% ../nbs/61_export.ipynb #015
 def main(arguments: list[str] | None = None):

@@ -30,6 +30,7 @@ from .data.workers import PreprocessConfig
 from .data.views import ViewConfig
 from .losses import LossConfig
 from .model import ModelConfig
+from .pretexts.kinds import KINDS, AnyPretext
 from .training.config import MachineConfig, PretrainConfig, run_config
 from .tasks.config import SentenceConfig, TaskConfig, parse_task, task_config
 
@@ -84,6 +85,7 @@ class VariantChanges:
     model: values_of(ModelConfig, 'ModelChanges', FROM_SOUND, total=False) = field(default_factory=dict) # network
     loss: values_of(LossConfig, 'LossChanges', FROM_MODEL, total=False) = field(default_factory=dict)    # loss
     pretrain: values_of(PretrainConfig, 'PretrainChanges', total=False) = field(default_factory=dict)    # training
+    pretext: AnyPretext | None = None # what it learns from: a whole section
 
 # %% ../nbs/60_params.ipynb #009
 @configuration
@@ -100,6 +102,7 @@ class Params:
     model: ModelSection                 # network
     loss: LossSection                   # how embeddings are compared
     pretrain: PretrainConfig            # how the model is trained
+    pretext: AnyPretext                 # what the model learns from
     machine: MachineConfig              # how a run is carried out; a change here reruns nothing
     variants: dict[Name, VariantChanges] # rows of the ablations and presets: what each changes
     localize: LocalizeConfig            # what is localized
@@ -172,7 +175,7 @@ def _tasks(params: dict) -> Iterator[str]:
 BETWEEN = {
     _names: ('matrix', 'experiments', 'datasets', 'variants', 'localize', 'finetune', 'settings'),
     _readers: ('datasets',),
-    _runs: ('matrix', 'audio', 'datasets', 'views', 'model', 'loss', 'pretrain', 'variants'),
+    _runs: ('matrix', 'audio', 'datasets', 'views', 'model', 'loss', 'pretrain', 'pretext', 'variants'),
     _tasks: ('experiments', 'datasets', 'finetune', 'settings')} # check -> the sections that it reads
 
 def _mistakes(sections: dict) -> list[str]:
@@ -199,7 +202,7 @@ def check_params(
 
 # %% ../nbs/60_params.ipynb #020
 CLASSES = [AudioConfig, ClipConfig, FiguresConfig, LocalizeConfig, LossConfig, MachineConfig, MatrixConfig, ModelConfig, Params,
-           PreprocessConfig, PretrainConfig, SentenceConfig, StoreConfig, TaskConfig, VariantChanges, ViewConfig]
+           PreprocessConfig, PretrainConfig, SentenceConfig, StoreConfig, TaskConfig, VariantChanges, ViewConfig, *KINDS]
 
 def _meanings() -> dict: # beginning of the class's name, e.g. Loss -> parameter -> meaning
     "What the comments of the classes say."

@@ -51,7 +51,7 @@ STEP = textwrap.dedent('''
         config = run_config(changed, 'glcm' if variant in changes else variant, 0)
         model = GLCM(config.model).double().to(memory_format=torch.channels_last_3d)
         # batch norm is frozen, since it would average over fewer clips
-        network = wrap_network(model, config, machine, ranks).eval()
+        network = wrap_network(config.pretext.network(model, config), config, machine, ranks).eval()
         batch = {name: value[ranks.rank::ranks.size] for name, value in random_batch(config).items()}
         batch['clip'] = ['clip']*8
         optimizer = torch.optim.SGD(model.parameters(), 0.)

@@ -12,6 +12,7 @@ FLOORS = [ # a module imports from lower floors and from its own
     {'encoders', 'attention', 'losses', 'model'},
     {'data'},
     {'datasets'},
+    {'pretexts'},
     {'training'},
     {'tasks'},
     {'report'},
@@ -19,8 +20,8 @@ FLOORS = [ # a module imports from lower floors and from its own
     {'miniature'},
     {'testing'},
 ]
-PARTS = ['core', 'encoders', 'attention', 'losses', 'model', 'distributed', 'processes', 'data', 'datasets', 'training',
-         'tasks', 'report', 'params', 'export', 'stage', 'study', 'testing', 'miniature']
+PARTS = ['core', 'encoders', 'attention', 'losses', 'model', 'distributed', 'processes', 'data', 'datasets', 'pretexts',
+         'training', 'tasks', 'report', 'params', 'export', 'stage', 'study', 'testing', 'miniature']
 
 
 def module_names(path):

@@ -80,15 +80,16 @@ for precision in ('float32', 'bfloat16'):
     changes = dict(pretrain=dict(batch=2, precision=precision))
     config = run_config(override(read_params(), changes, 'the test'), 'glcm', 0)
     torch.manual_seed(0)
-    model = GLCM(config.model).to(memory_format=torch.channels_last_3d).train()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
+    model = GLCM(config.model).to(memory_format=torch.channels_last_3d)
+    network = config.pretext.network(model, config)
+    optimizer = torch.optim.AdamW(network.parameters(), 1e-4)
     frames, side = config.views.frames, config.views.crop
     batch = dict(
         planes=torch.randint(0, 256, (2, frames, side*3//2, side), dtype=torch.uint8),
         mel=2*torch.randn(2, 80, 12*frames) - 2, shift=torch.zeros(2, dtype=torch.long), clip=list('ab'))
     losses = []
     for step in range(2):
-        losses.append(training_step(model, optimizer, batch, config, step)['loss'])
+        losses.append(training_step(network, optimizer, batch, config, step)['loss'])
     print(json.dumps(losses))
 '''
 

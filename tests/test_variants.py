@@ -7,7 +7,7 @@ import yaml
 
 from glcm.core import InputError, override, parse, read_params, read_study, root
 from glcm.data.views import prepare_inputs
-from glcm.model import GLCM, glcm_loss
+from glcm.model import GLCM, PARTS, glcm_loss
 from glcm.testing import tiny_params
 from glcm.training.checkpoints import imported_files
 from glcm.training.config import MachineConfig, run_config
@@ -20,9 +20,10 @@ STUDIES = 'full', 'paper', 'grid', 'esc10', 'seeds'
 def batch(config, clips=3):
     g = torch.Generator().manual_seed(0)
     T, side = config.views.frames, config.views.crop
-    return dict(planes=torch.randint(0, 256, (clips, T, side*3//2, side), generator=g, dtype=torch.uint8),
-                mel=torch.randn(clips, config.audio.bands, config.model.mel_per_step*T, generator=g),
-                shift=torch.zeros(clips, dtype=torch.long), clip=list('abc'))
+    planes = torch.randint(0, 256, (2, clips, T, side*3//2, side), generator=g, dtype=torch.uint8)
+    mel = torch.randn(2, clips, config.audio.bands, config.model.mel_per_step*T, generator=g)
+    second = dict(second_planes=planes[1], second_mel=mel[1], distance=torch.full((clips,), 9))
+    return second | dict(planes=planes[0], mel=mel[0], shift=torch.zeros(clips, dtype=torch.long), clip=list('abcdef')[:clips])
 
 
 ROWS = [(study, variant) for study in STUDIES if study != 'seeds' for variant in read_study(study)['variants']]
@@ -34,20 +35,22 @@ def test_one_step_of_every_variant(study, variant):
     assert run_config(params, variant, 0).variant == variant
     config = run_config(override(params, dict(model=dict(width=8, embedding=16)), 'the test'), variant, 0)
     torch.manual_seed(0)
-    model = GLCM(config.model).train()
-    optimizer = torch.optim.AdamW(model.parameters())
-    values = training_step(model, optimizer, batch(config, 2), config, 5)
-    assert torch.isfinite(torch.tensor([values['loss'], values['lr']])).all()
-    for name in ('global_encoder', 'audio_encoder', 'local_encoder'):
-        trained = any(p.grad is not None and p.grad.any() for p in getattr(model, name).parameters())
-        assert trained == (config.loss.local_weight > 0 or name != 'local_encoder')
+    model = GLCM(config.model)
+    network = config.pretext.network(model, config).train()
+    optimizer = torch.optim.AdamW(network.parameters())
+    values = training_step(network, optimizer, batch(config, 2), config, 5)
+    assert torch.isfinite(torch.tensor([values[name] for name in config.columns])).all()
+    for name in PARTS:
+        gradients = [p.grad for p in model.part(name).parameters()]
+        trained = any(gradient is not None and gradient.any() for gradient in gradients)
+        assert trained == (name in config.pretext.trained(config)), name
 
 
 def test_each_part_of_a_batch_is_counted_once_by_batch_norm():
     config = run_config(override(PARAMS, dict(pretrain=dict(accumulate=3)), 'the test'), 'glcm', 0)
-    model = GLCM(config.model).train()
-    training_step(model, torch.optim.AdamW(model.parameters()), batch(config, 6), config, 5)
-    counts = [buffer.item() for name, buffer in model.named_buffers() if name.endswith('num_batches_tracked')]
+    network = config.pretext.network(GLCM(config.model), config).train()
+    training_step(network, torch.optim.AdamW(network.parameters()), batch(config, 6), config, 5)
+    counts = [buffer.item() for name, buffer in network.named_buffers() if name.endswith('num_batches_tracked')]
     assert set(counts) == {3}
 
 

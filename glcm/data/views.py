@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['MEL_CENTRE', 'MEL_SCALE', 'ViewConfig', 'crop_planes', 'flip_planes', 'crop_start', 'augment', 'view_start',
-           'clip_views', 'overlap', 'scale_mel', 'prepare_inputs', 'StepSampler', 'recordings_of', 'training_clips',
-           'TrainingViews', 'training_batches']
+           'spare_frames', 'read_frames', 'clip_views', 'overlap', 'scale_mel', 'prepare_inputs', 'ExtraViews',
+           'second_start', 'StepSampler', 'recordings_of', 'training_clips', 'TrainingViews', 'training_batches']
 
 # %% ../../nbs/23_data.views.ipynb #002
-from typing import Annotated
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -111,6 +112,29 @@ def view_start(
         return int(rng.integers(first, last + 1)), shift
     return int(np.clip(spare//2, first, last)), shift
 
+def spare_frames(
+    store: ClipStore, # where the clip is
+    i: int, # number of the clip
+    config: ViewConfig,
+) -> int:
+    "Frames that a clip has more than a view; raises `InputError` for a clip that is too short."
+    row = store.clips[i]
+    spare = row['steps'] - config.frames
+    if spare < 0:
+        raise InputError(f"clip {row['clip']} has {row['steps']} frames, views.frames asks for "
+                         f"{config.frames}: preprocess again, so that short clips are rejected")
+    return spare
+
+def read_frames(
+    store: ClipStore, # where the clip is
+    i: int, # number of the clip
+    start: int, # first frame
+    config: ViewConfig, # sizes and augmentation
+    rng: np.random.Generator | None, # source of randomness; None: centre crop
+) -> torch.Tensor: # planes (T, 3 crop/2, crop) uint8
+    "The frames of a view, augmented."
+    return torch.from_numpy(augment(store.planes(i, start, start + config.frames), config, rng))
+
 def clip_views(
     store: ClipStore, # where the clip is
     i: int, # number of the clip
@@ -118,15 +142,10 @@ def clip_views(
     rng: np.random.Generator | None = None, # source of randomness; None: the middle of the clip, centre crop
 ) -> tuple[torch.Tensor, torch.Tensor, int]: # planes (T, 3 crop/2, crop) uint8, mel (F, N), shift in frames
     "Frames and audio of one time span (Section 4), as stored; raises `InputError` for a clip that is too short."
-    row = store.clips[i]
-    spare = row['steps'] - config.frames
-    if spare < 0:
-        raise InputError(f"clip {row['clip']} has {row['steps']} frames, views.frames asks for "
-                         f"{config.frames}: preprocess again, so that short clips are rejected")
-    start, shift = view_start(spare, config, rng)
-    planes = augment(store.planes(i, start, start + config.frames), config, rng)
+    start, shift = view_start(spare_frames(store, i, config), config, rng)
+    planes = read_frames(store, i, start, config, rng)
     mel = store.mel(i, start + shift, start + shift + config.frames)
-    return torch.from_numpy(planes), torch.from_numpy(mel), shift
+    return planes, torch.from_numpy(mel), shift
 
 # %% ../../nbs/23_data.views.ipynb #009
 def overlap(
@@ -169,6 +188,23 @@ def prepare_inputs(
     if mel is not None:
         audio = scale_mel(mel.to(device, non_blocking=True))
     return video, audio
+
+# %% ../../nbs/23_data.views.ipynb #017b
+@dataclass(frozen=True)
+class ExtraViews:
+    "What a pretext takes of a clip besides one view."
+    frames: Literal['none', 'same span', 'other span'] = 'none' # of a second view, with a crop, flip and gray of its own
+    sound_distance: int = 0 # steps that a second window of sound begins away from the first at least; 0: none
+
+def second_start(
+    spare: int, # frames that the clip has more than the view
+    first: int, # where the first window of sound begins
+    distance: int, # least distance, steps
+    rng: np.random.Generator,
+) -> int: # where the second window begins; where the first one does, if the clip is too short
+    "The start of a window inside of the clip, far enough from another one."
+    starts = [start for start in range(spare + 1) if abs(start - first) >= distance]
+    return starts[rng.integers(len(starts))] if starts else first
 
 # %% ../../nbs/23_data.views.ipynb #019
 class StepSampler:
@@ -244,8 +280,9 @@ class TrainingViews(Dataset):
         recordings: list, # each a list of its copies: (store, number of the clip)
         config: ViewConfig, # sizes and augmentation
         seed: int,
+        extra: ExtraViews = ExtraViews(), # a second view of the frames, or a second window of the sound
     ):
-        self.recordings, self.config, self.seed = recordings, config, seed
+        self.recordings, self.config, self.seed, self.extra = recordings, config, seed, extra
 
     def __len__(self):
         return len(self.recordings)
@@ -257,9 +294,24 @@ class TrainingViews(Dataset):
         if len(copies) > 1:
             chosen = generator(self.seed, 'copy', epoch, k).integers(len(copies))
         store, i = copies[chosen]
-        rng = generator(self.seed, 'views', epoch, k)
-        planes, mel, shift = clip_views(store, i, self.config, rng)
-        return dict(planes=planes, mel=mel, shift=shift, clip=store.clips[i]['clip'])
+        planes, mel, shift = clip_views(store, i, self.config, generator(self.seed, 'views', epoch, k))
+        views = dict(planes=planes, mel=mel, shift=shift, clip=store.clips[i]['clip'])
+        return views | self.second_views(store, i, key)
+
+    def second_views(self, store, i, key) -> dict: # second_planes, second_mel and distance, as far as they are asked for
+        "What the pretext takes besides the first view."
+        spare, views = spare_frames(store, i, self.config), {}
+        start, shift = view_start(spare, self.config, generator(self.seed, 'views', *key)) # of the first view
+        if self.extra.frames != 'none':
+            rng = generator(self.seed, 'second frames', *key)
+            begin = start if self.extra.frames == 'same span' else view_start(spare, self.config, rng)[0]
+            views['second_planes'] = read_frames(store, i, begin, self.config, rng)
+        if self.extra.sound_distance:
+            rng, first = generator(self.seed, 'second sound', *key), start + shift
+            second = second_start(spare, first, self.extra.sound_distance, rng)
+            views['second_mel'] = torch.from_numpy(store.mel(i, second, second + self.config.frames))
+            views['distance'] = second - first
+        return views
 
 # %% ../../nbs/23_data.views.ipynb #024
 def training_batches(
@@ -270,7 +322,7 @@ def training_batches(
     workers: int = 0, # loader processes; 0: load in this process
     rank: int = 0, # of this process
     ranks: int = 1, # processes that share each batch
-) -> DataLoader: # of dicts: planes (B, T, 3h/2, w) uint8, mel (B, F, N) float32, shift (B,), clip names
+) -> DataLoader: # of dicts: planes (B, T, 3h/2, w) uint8, mel (B, F, N) float32, shift (B,), clip names, and what `extra` adds
     "The batches of training steps `start` to `steps`; the same for any number of workers."
     sampler = StepSampler(len(views), batch, steps, views.seed, start, rank, ranks)
     return DataLoader(views, batch_sampler=sampler, num_workers=workers, collate_fn=default_collate,

@@ -20,7 +20,7 @@ from ..data.audio import log_mel
 from ..data.shards import ClipStore
 from ..data.video import read_recording
 from ..data.views import scale_mel
-from ..model import GLCM
+from ..model import ATTENTION_PARTS, GLCM
 from ..training.config import RunConfig
 from .localize import (
     attention_heatmap, evaluation_clips, local_embeddings, middle_span, resize_scores)
@@ -44,7 +44,8 @@ def attention_and_peak(
     video: torch.Tensor, # (1, 3, T, h, w) uint8
     audio: torch.Tensor, # (1, F, N) float32
 ) -> tuple[np.ndarray, tuple]: # (h, w) attention map, row and column of the pixel with the highest score
-    "The attention as the paper's Figure 3 shows it, and its peak."
+    "The attention as the paper's Figure 3 shows it, and its peak; raises `InputError` where it was not trained."
+    model.check_trained(ATTENTION_PARTS, 'an attention map')
     size = tuple(video.shape[-2:])
     embeddings = model(video, audio, local=False)
     scores = attention_scores(embeddings.audio_global, embeddings.video_global, model.config.attention_temperature)

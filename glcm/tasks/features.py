@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ..attention import attention_pool, mean_pool
 from ..core import InputError
 from ..encoders import CONV, NORM, POOL, reset_batchnorm_statistics
-from ..model import GLCM, normalize_frames
+from ..model import ATTENTION_PARTS, GLCM, normalize_frames
 from ..training.config import RunConfig
 from .config import TaskConfig
 
@@ -123,6 +123,7 @@ class Features(nn.Module):
         self.stride = run.views.frames//run.model.global_frames # frames between two of the global view
         self.attention_model = None
         if config.uses_attention:
+            model.check_trained(ATTENTION_PARTS, f'input {config.input}')
             self.attention_model = copy.deepcopy(model).eval().requires_grad_(False)
             del self.attention_model.local_encoder
         names = []
@@ -130,6 +131,7 @@ class Features(nn.Module):
             names += [name for name in ('global', 'local') if name in config.features]
         if 'audio' in config.modality:
             names.append('audio')
+        model.check_trained(names, f'modality {config.modality} with features {config.features}')
         self.encoders = nn.ModuleDict({name: getattr(model, f'{name}_encoder') for name in names})
         self.channels = sum(encoder.channels for encoder in self.encoders.values())
         self.register_buffer('mean', model.mean, persistent=False)
