@@ -231,8 +231,8 @@ class Resume:
         ranks: int = 1, # processes that train together
     ):
         self.folder, self.accept_changes, self.config = Path(folder), accept_changes, config
-        about = dict(config=asdict(config), data=data, ranks=ranks) | code_version()
-        self.states = StateFolder(folder, 'checkpoint', about, config=dict, data=str, step=int, model=dict)
+        self.about = dict(config=asdict(config), data=data, ranks=ranks) | code_version()
+        self.states = StateFolder(folder, 'checkpoint', self.about, config=dict, data=str, step=int, model=dict)
 
     def restore(
         self,
