@@ -31,18 +31,19 @@ def covers(interval, truth):
 @pytest.mark.parametrize('groups', [10, 20])
 def test_intervals_of_correlated_clips_cover_the_truth(groups):
     "Clips of a speaker are nearly all correct or all wrong. Drawing clips would cover the truth in two of three sets."
-    rng, sets, clips, truth = np.random.default_rng(groups), 300, 12, 0.6
+    rng, clips, truth = np.random.default_rng(groups), 12, 0.6
     group = np.repeat(np.arange(groups), clips)
     by_group, by_clip = [], []
-    for _ in range(sets):
+    for k in range(300):
         ease = rng.beta(1.5, 1.0, size=groups)[group]
-        correct = rng.random(len(ease)) < ease
+        correct = (rng.random(len(ease)) < ease).astype(float)
 
         def accuracy(counts):
             return dict(top1=counts @ correct/counts.sum())
 
         by_group.append(covers(with_intervals(accuracy, group, samples=500).loc['top1'], truth))
-        by_clip.append(covers(with_intervals(accuracy, np.arange(len(correct)), samples=200).loc['top1'], truth))
+        if k % 3 == 0:
+            by_clip.append(covers(with_intervals(accuracy, np.arange(len(group)), samples=200).loc['top1'], truth))
     assert 0.88 <= np.mean(by_group) <= 0.99
     assert np.mean(by_clip) < 0.75
 
