@@ -54,7 +54,8 @@ def test_too_few_groups_have_no_interval():
     def scores(groups):
         return task_scores(classified(correct, [f's{k % groups}' for k in range(36)])).loc['top1']
 
-    enough, few = scores(MIN_GROUPS), scores(MIN_GROUPS - 1)
+    enough = scores(MIN_GROUPS)
+    few = scores(MIN_GROUPS - 1)
     assert few[['low', 'high']].isna().all()
     assert not enough[['low', 'high']].isna().any()
     assert few.value == enough.value == pytest.approx(2/3)

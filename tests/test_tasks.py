@@ -93,7 +93,8 @@ def test_interval_holds_the_number_and_shrinks_with_clips():
         table = pd.DataFrame(dict(split='test', clip=names, group='', label='a', predicted=predicted))
         return task_scores(table).loc['top1']
 
-    few, many = top1(50), top1(800)
+    few = top1(50)
+    many = top1(800)
     assert few.low < few.value < few.high
     assert many.low < many.value < many.high
     assert 3 < (few.high - few.low)/(many.high - many.low) < 5.5  # by the square root of 16
@@ -454,7 +455,8 @@ def test_the_search_finds_the_best_of_all_sentences(ctc):
 def norm_of_clips(norm, clips, statistics):
     "Batch norm in training of clips (C, T, h, w) of any length; its statistics are kept under its name."
     frames = torch.cat([x.flatten(1) for x in clips], 1)
-    mean, var = frames.mean(1), frames.var(1, unbiased=False)
+    mean = frames.mean(1)
+    var = frames.var(1, unbiased=False)
     running_mean = 0.9*norm.running_mean + 0.1*mean
     running_var = 0.9*norm.running_var + 0.1*frames.var(1)
     statistics[norm] = running_mean, running_var

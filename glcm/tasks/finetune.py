@@ -169,7 +169,7 @@ class Phase:
         self.workers = 0 if frozen else workers
         self.lengths = [windows.store.clips[i]['steps'] for i in clips]
         self.optimizer = torch.optim.AdamW(decay_groups(network, config.weight_decay), config.lr, fused=True)
-        epochs = config.passes[0 if frozen else 1]
+        epochs = config.phases[0 if frozen else 1]
         steps = epochs*len(self.keys(epoch=0))
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
 
@@ -212,7 +212,7 @@ def fit(
     after_epoch: Callable | None = None, # called with the state after an epoch, and whether it was the last one
 ) -> nn.Module: # the network, in evaluation mode
     "Finetune a network on labelled clips (Section 4); raises `InputError` where the loss is no longer finite."
-    frozen, unfrozen = network.config.passes
+    frozen, unfrozen = network.config.phases
     epochs, start = frozen + unfrozen, 0
     if interrupted:
         start = interrupted['epoch']
@@ -406,9 +406,11 @@ class FinetuneProgress:
     ):
         self.minutes, self.saved_at = minutes, time.monotonic()
         self.done, self.interrupted, self.number = copy.deepcopy(NOTHING_DONE), {}, 0
-        self.states = StateFolder(folder, 'state', identity(job), rows=list, choices=list, splits=int) if folder else None
-        if folder and self.states.saved():
-            self._restore()
+        self.states = None
+        if folder:
+            self.states = StateFolder(folder, 'state', identity(job), rows=list, choices=list, splits=int)
+            if self.states.saved():
+                self._restore()
 
     def _restore(self):
         "Take over what an interrupted run has left; remove what another run has left, or what cannot be read."
@@ -515,10 +517,10 @@ def finetune(
     config: TaskConfig,
     seed: int, # of the order, the windows and the new layers
     workers: int = 0, # loader processes
-    keep: str | Path | None = None, # folder for the finetuned networks, a file for each split, and choices.csv: candidates with their scores
+    keep: str | Path | None = None, # folder for the network of each split, and for the scores of candidates
     unfinished: str | Path | None = None, # folder for the state of the run
     minutes: float = 5.0, # between two times that the state of a training is kept
-) -> pd.DataFrame: # split, clip, group, label or text, the prediction, and how many training clips were used (train) of how many (available)
+) -> pd.DataFrame: # a row per test clip: split, clip, group, label or text, the prediction, train and available
     "Finetune and test on every split of a task; raises `InputError` for clips that cannot be used so."
     check_spectrograms(store, config, run)
     job = FinetuneJob(model, run, store, config, seed, workers)
