@@ -165,6 +165,7 @@ def local_embeddings(
     embeddings = model(video, audio)
     return embeddings.video_local[0].float(), embeddings.audio_local[0].float()
 
+# %% ../../nbs/48_tasks.localize.ipynb #020b
 def measure_synchronisation(
     model: GLCM, # in evaluation mode
     config: RunConfig, # how it was trained

@@ -81,7 +81,8 @@ class SentenceRecognizer(TaskNetwork):
                      batch_first=True, norm_first=True)
         self.project = nn.Sequential(nn.LayerNorm(channels), nn.Linear(channels, size))
         encoder_layer = nn.TransformerEncoderLayer(**layer)
-        self.encoder = nn.TransformerEncoder(encoder_layer, config.layers, nn.LayerNorm(size), enable_nested_tensor=False)
+        self.encoder = nn.TransformerEncoder(encoder_layer, config.layers, nn.LayerNorm(size),
+                                             enable_nested_tensor=False)
         decoder_layer = nn.TransformerDecoderLayer(**layer)
         self.decoder = nn.TransformerDecoder(decoder_layer, config.layers, nn.LayerNorm(size))
         self.embed = nn.Embedding(classes, size)

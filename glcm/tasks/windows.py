@@ -38,7 +38,7 @@ def picture_window(
     place: tuple = (0.5, 0.5), # of the square, from top to bottom and from left to right, in 0..1
     flip: bool = False, # whether left and right change places
 ) -> np.ndarray: # (frames, 3 side/2, side) uint8
-    "A square crop of the frames; a clip that is too short is repeated. Raises `InputError` for frames that are too small."
+    "A square crop of the frames, repeated where they are too few; raises `InputError` where they are too small."
     height, width = planes.shape[1]*2//3, planes.shape[2]
     if side > min(height, width):
         raise InputError(f'frames of {width}x{height} pixels are smaller than a crop of {side}')
