@@ -145,13 +145,13 @@ def test_difference_is_that_of_the_means_over_seeds_and_scipys():
     assert [difference.low, difference.high] == pytest.approx(reference, abs=1e-12)
 
 
-@pytest.mark.parametrize('outcome', [
+@pytest.mark.parametrize('prediction', [
     dict(label='a', predicted='a'),
     dict(label='FAKE', logit=2.0),
     dict(text='SET RED', predicted='SET')])
-def test_identical_predictions_do_not_differ(outcome):
-    table = pd.DataFrame(dict(seed=0, split='a', clip=[str(k) for k in range(12)], group='') | outcome)
-    if 'logit' in outcome:
+def test_identical_predictions_do_not_differ(prediction):
+    table = pd.DataFrame(dict(seed=0, split='a', clip=[str(k) for k in range(12)], group='') | prediction)
+    if 'logit' in prediction:
         table.loc[:5, 'label'] = 'REAL'
     difference = paired_difference(table, table.iloc[::-1], samples=200)
     assert (difference[['difference', 'low', 'high']] == 0).all(axis=None)
