@@ -29,14 +29,22 @@ def model_card(
     state: dict, # data and step, as in its checkpoint
     metrics: dict, # name -> value, as measured
 ) -> str: # Markdown
-    "What a model is, how to load it, what it takes, what it was trained on and how well it did."
+    "How to load a model, what its input is, what it was trained on and how well it did."
     audio, views, pretrain = config.audio, config.views, config.pretrain
     rate = audio.sample_rate/audio.hop/config.model.mel_per_step
     parameters = sum(p.numel() for p in model.parameters())
-    table = '\n'.join(f'| {name} | {value:g} |' for name, value in metrics.items())
+    clips = 'all' if pretrain.clips is None else pretrain.clips
+    rows = [f'| {name} | {value:g} |' for name, value in metrics.items()]
+    table = '\n'.join(['| measured | |', '|---|--:|', *rows]) if metrics else 'Nothing has been measured with it.'
+    paper = '*Contrastive self-supervised learning of global-local audio-visual representations*'
+    frames = f'RGB frames, {rate:g} a second; any even size of 32 pixels or more'
+    sound = (f'log-mel spectrogram of the same {views.frames/rate:g} s, mono, {audio.sample_rate} Hz, '
+             f'window {audio.window}, hop {audio.hop}; (log10 + 2) / 2')
+    data = f'{", ".join(pretrain.datasets)} ({clips} of the training clips; hash of the data {state["data"]})'
+    training = f'for {state["step"]} steps of {pretrain.batch} clips'
     return f'''# glcm, variant {config.variant}, seed {config.seed}
 
-Audio-visual encoders trained without labels by the method of *Contrastive self-supervised learning of global-local audio-visual representations*, with glcm {__version__}.
+Audio-visual encoders trained without labels by the method of {paper}, with glcm {__version__}.
 
 ```python
 import glcm
@@ -46,13 +54,13 @@ embeddings = model(video, audio)     # model.global_encoder, model.local_encoder
 
 | input | shape | what it is |
 |---|---|---|
-| `video` | (B, 3, {views.frames}, {views.crop}, {views.crop}) uint8 | RGB frames, {rate:g} a second; any even size of 32 pixels or more |
-| `audio` | (B, {audio.bands}, {views.frames*config.model.mel_per_step}) float32 | log-mel spectrogram of the same {views.frames/rate:g} s, mono, {audio.sample_rate} Hz, window {audio.window}, hop {audio.hop}; (log10 + 2) / 2 |
+| `video` | (B, 3, {views.frames}, {views.crop}, {views.crop}) uint8 | {frames} |
+| `audio` | (B, {audio.bands}, {views.frames*config.model.mel_per_step}) float32 | {sound} |
 
-Trained on {", ".join(pretrain.datasets)} ({"all" if pretrain.clips is None else pretrain.clips} of the training clips; hash of the data {state["data"]}) for {state["step"]} steps of {pretrain.batch} clips. {parameters:,} parameters. \
+Trained on {data} {training}. {parameters:,} parameters. \
 Trained by the pretext `{config.pretext.kind}`: {", ".join(model.trained)}{"" if set(model.trained) == set(PARTS) else "; the rest has random weights"}.
 
-{"| measured | |" + chr(10) + "|---|--:|" + chr(10) + table if metrics else "Nothing has been measured with it."}
+{table}
 
 The configuration is in `config.json`.
 '''
@@ -61,9 +69,12 @@ The configuration is in `config.json`.
 def export(
     checkpoint: str | Path, # a checkpoint.pt, or the folder it is in
     folder: str | Path, # to write model.safetensors, config.json and README.md to; must not exist
-    results: str | Path | None = None, # metrics.csv of a study, with a row for this variant and seed, for the model card
+    results: str | Path | None = None, # metrics.csv of a study, with a row for this variant and seed
 ):
-    "Write a bundle of weights, configuration and model card; raises `InputError` where there is no checkpoint, or where something would be overwritten."
+    """Write a bundle of weights, configuration and model card.
+
+    Raises `InputError` where there is no checkpoint, or where something would be overwritten.
+    """
     checkpoint, folder = Path(checkpoint), Path(folder)
     if folder.exists():
         raise InputError(f'{folder} exists: choose another name, or remove it')
@@ -91,14 +102,16 @@ def load(
     "A pretrained model; no code in the file is run. Raises `InputError` for anything that is no model of this package."
     path = Path(path)
     if path.is_dir():
-        path = next((path/name for name in ('model.safetensors', 'checkpoint.pt') if (path/name).exists()), path/'model.safetensors')
+        is_run = (path/'checkpoint.pt').exists() and not (path/'model.safetensors').exists()
+        path = path/('checkpoint.pt' if is_run else 'model.safetensors')
     if path.suffix != '.safetensors':
         return load_model(path)
     if not path.exists():
         raise InputError(f'no model {path}')
     try:
         with safe_open(path, 'pt') as file:
-            about, weights = file.metadata() or {}, {name: file.get_tensor(name) for name in file.keys()}
+            about = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}
     except (SafetensorError, OSError) as e:
         raise InputError(f'{path} is not a readable safetensors file ({e})') from None
     try:
@@ -113,7 +126,8 @@ def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser('python -m glcm.export', description=main.__doc__)
     parser.add_argument('checkpoint', help='a checkpoint.pt, or the folder it is in')
     parser.add_argument('folder', help='the bundle to make')
-    parser.add_argument('--results', default='results/default/metrics.csv', help='file with a row for this variant and seed (%(default)s)')
+    parser.add_argument('--results', default='results/default/metrics.csv',
+                        help='file with a row for this variant and seed (%(default)s)')
     given = parser.parse_args(arguments)
     try:
         export(given.checkpoint, given.folder, given.results)

@@ -1,5 +1,6 @@
 "Both MIL-NCE losses against a reference of loops in float64, closed forms, and their own dense form."
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -34,7 +35,7 @@ def dot(a, b):
 def looped_global(z_a, z_v, temperature, count):
     "Eq. 1 with one loop per index."
     B, D, H, W = z_v.shape
-    cells = [(b, i, j) for b in range(B) for i in range(H) for j in range(W)]
+    cells = list(product(range(B), range(H), range(W)))
     scores, own = [], []
     for k in range(B):
         scores.append([dot(z_a[k], z_v[b, :, i, j])/temperature for b, i, j in cells])
@@ -46,12 +47,11 @@ def looped_local(z_a, z_v, temperature, count):
     "Eq. 2 with one loop per index."
     B, D, T = z_v.shape
     M = z_a.shape[2]//T
-    slices = [(b, m) for b in range(B) for m in range(T*M)]
+    slices = list(product(range(B), range(T*M)))
     scores, own = [], []
-    for b in range(B):
-        for t in range(T):
-            scores.append([dot(z_v[b, :, t], z_a[c, :, m])/temperature for c, m in slices])
-            own.append({k for k, (c, m) in enumerate(slices) if c == b and t*M <= m < (t + 1)*M})
+    for b, t in product(range(B), range(T)):
+        scores.append([dot(z_v[b, :, t], z_a[c, :, m])/temperature for c, m in slices])
+        own.append({k for k, (c, m) in enumerate(slices) if c == b and m//M == t})
     return looped_mil_nce(scores, own, count)
 
 
@@ -83,7 +83,8 @@ def relative(a, b):
 @pytest.mark.parametrize('temperature', [1., 0.07])
 @pytest.mark.parametrize('B, D, H, W', [(4, 5, 2, 3), (2, 3, 1, 1), (1, 4, 3, 2)])
 def test_global_equals_loops(B, D, H, W, temperature, count):
-    z_a, z_v = embeddings(B, D), embeddings(B, D, H, W, seed=1)
+    z_a = embeddings(B, D)
+    z_v = embeddings(B, D, H, W, seed=1)
     expected = looped_global(z_a, z_v, temperature, count)
     for form in (mil_nce_global, dense_global):
         found = form(z_a.double(), z_v.double(), temperature, count)
@@ -96,7 +97,8 @@ def test_global_equals_loops(B, D, H, W, temperature, count):
 @pytest.mark.parametrize('temperature', [1., 0.07])
 @pytest.mark.parametrize('B, D, T, M', [(3, 4, 3, 2), (2, 3, 4, 1), (1, 5, 3, 3), (1, 5, 1, 3)])
 def test_local_equals_loops(B, D, T, M, temperature, count):
-    z_a, z_v = embeddings(B, D, T*M), embeddings(B, D, T, seed=1)
+    z_a = embeddings(B, D, T*M)
+    z_v = embeddings(B, D, T, seed=1)
     expected = looped_local(z_a, z_v, temperature, count)
     found = [mil_nce_local(z_a.double(), z_v.double(), temperature, count, block) for block in (None, 1, 2)]
     found.append(dense_local(z_a.double(), z_v.double(), temperature, count))
@@ -107,7 +109,8 @@ def test_local_equals_loops(B, D, T, M, temperature, count):
 
 
 def test_one_positive_is_infonce():
-    z_a, z_v = 3*embeddings(7, 5), embeddings(7, 5, seed=1)
+    z_a = 3*embeddings(7, 5)
+    z_v = embeddings(7, 5, seed=1)
     S = z_a @ z_v.T
     rest_of_column = S.T[~torch.eye(7, dtype=torch.bool)].view(7, 6)
     target = torch.arange(7)
@@ -122,7 +125,8 @@ def test_one_positive_is_infonce():
 
 @pytest.mark.parametrize('B, H, W', [(2, 3, 3), (8, 4, 4), (32, 1, 2)])
 def test_uniform_scores_give_the_logarithm_of_the_ratio(B, H, W):
-    z_a, z_v = torch.ones(B, 4), torch.ones(B, 4, H, W)
+    z_a = torch.ones(B, 4)
+    z_v = torch.ones(B, 4, H, W)
     assert float(mil_nce_global(z_a, z_v, 1., 'once')) == pytest.approx(math.log(2*B - 1), rel=1e-5)
     assert float(mil_nce_global(z_a, z_v, 1., 'twice')) == pytest.approx(math.log(2*B), rel=1e-5)
     local = mil_nce_local(torch.ones(B, 4, 5*3), torch.ones(B, 4, 5), 1., block=7)
@@ -140,7 +144,8 @@ def test_scores_of_ten_thousand(sign, count, floor):
     loss.backward()
     expected = floor if sign == 1 else 1e4 + math.log(2*(B - 1))
     assert float(loss.detach()) == pytest.approx(expected, abs=2e-3)
-    assert z_a.grad.isfinite().all() and z_v.grad.isfinite().all()
+    assert z_a.grad.isfinite().all()
+    assert z_v.grad.isfinite().all()
 
 
 @pytest.mark.parametrize('count', COUNTS)
@@ -156,7 +161,8 @@ def test_gradients_of_random_scores_of_ten_thousand(count):
 @pytest.mark.parametrize('count, value', [('once', 0.), ('twice', math.log(2))])
 @pytest.mark.parametrize('scale', [1., 100.])
 def test_without_negatives(scale, count, value):
-    z_a, z_v = scale*embeddings(1, 8, requires_grad=True), scale*embeddings(1, 8, 4, 4, seed=1)
+    z_a = scale*embeddings(1, 8, requires_grad=True)
+    z_v = scale*embeddings(1, 8, 4, 4, seed=1)
     loss = mil_nce_global(z_a, z_v, 1., count)
     gradient, = torch.autograd.grad(loss, z_a)
     assert float(loss.detach()) == pytest.approx(value, abs=1e-6)
@@ -171,22 +177,27 @@ def leaf(*shape, seed=0, dtype=torch.float32):
 @pytest.mark.parametrize('count', COUNTS)
 @pytest.mark.parametrize('block', [None, 1, 4, 5, 100])
 def test_gradcheck_of_the_local_loss(count, block):
-    z_a, z_v = leaf(3, 4, 6, seed=6, dtype=torch.double), leaf(3, 4, 3, seed=3, dtype=torch.double)
-    def loss(z_a, z_v): return mil_nce_local(z_a, z_v, 0.5, count, block)
+    z_a = leaf(3, 4, 6, seed=6, dtype=torch.double)
+    z_v = leaf(3, 4, 3, seed=3, dtype=torch.double)
+    def loss(z_a, z_v):
+        return mil_nce_local(z_a, z_v, 0.5, count, block)
+
     assert gradcheck(loss, (z_a, z_v))
 
 
 @pytest.mark.parametrize('count', COUNTS)
 def test_gradcheck_of_the_global_loss(count):
-    z_a, z_v = leaf(4, 3, dtype=torch.double), leaf(4, 3, 2, 2, seed=1, dtype=torch.double)
-    def loss(z_a, z_v): return mil_nce_global(z_a, z_v, 0.5, count)
+    z_a = leaf(4, 3, dtype=torch.double)
+    z_v = leaf(4, 3, 2, 2, seed=1, dtype=torch.double)
+    def loss(z_a, z_v):
+        return mil_nce_global(z_a, z_v, 0.5, count)
+
     assert gradcheck(loss, (z_a, z_v))
 
 
 def assert_equal_gradients(found, expected, inputs):
     "Both losses have the same gradients, to float32."
-    found, expected = torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs)
-    for a, b in zip(found, expected):
+    for a, b in zip(torch.autograd.grad(found, inputs), torch.autograd.grad(expected, inputs)):
         assert relative(a, b) < 1e-5
 
 
@@ -194,7 +205,8 @@ def assert_equal_gradients(found, expected, inputs):
 @pytest.mark.parametrize('temperature', [1., 0.07])
 @pytest.mark.parametrize('block', [None, 1, 7, 16, 64, 96, 1000])
 def test_streamed_equals_dense(block, temperature, count):
-    z_a, z_v = leaf(6, 24, 16*3), leaf(6, 24, 16, seed=1)
+    z_a = leaf(6, 24, 16*3)
+    z_v = leaf(6, 24, 16, seed=1)
     found = mil_nce_local(z_a, z_v, temperature, count, block)
     expected = dense_local(z_a, z_v, temperature, count)
     assert float(found.detach()) == pytest.approx(float(expected.detach()), rel=1e-5)
@@ -202,16 +214,20 @@ def test_streamed_equals_dense(block, temperature, count):
 
 
 def test_streamed_equals_dense_for_the_global_loss():
-    z_a, z_v = leaf(9, 24), leaf(9, 24, 7, 5, seed=1)
+    z_a = leaf(9, 24)
+    z_v = leaf(9, 24, 7, 5, seed=1)
     expected = dense_global(z_a, z_v, 0.07, 'once')
     assert_equal_gradients(3*mil_nce_global(z_a, z_v), 3*expected, (z_a, z_v))
 
 
 def test_clips_may_come_in_any_order():
     order = torch.tensor([3, 0, 4, 1, 2])
-    z_a, z_v = embeddings(5, 8, 4*3), embeddings(5, 8, 4, seed=1)
+    z_a = embeddings(5, 8, 4*3)
+    z_v = embeddings(5, 8, 4, seed=1)
     torch.testing.assert_close(mil_nce_local(z_a[order], z_v[order]), mil_nce_local(z_a, z_v))
-    z_a, z_v, cells = embeddings(5, 8), embeddings(5, 8, 3, 3, seed=1), torch.randperm(9)
+    z_a = embeddings(5, 8)
+    z_v = embeddings(5, 8, 3, 3, seed=1)
+    cells = torch.randperm(9)
     shuffled = z_v.flatten(2)[..., cells].view_as(z_v)
     torch.testing.assert_close(mil_nce_global(z_a[order], shuffled[order]), mil_nce_global(z_a, z_v))
 
@@ -219,36 +235,45 @@ def test_clips_may_come_in_any_order():
 def test_time_matters_in_the_local_loss():
     "Steps of the same clip are negatives: turning one clip's audio around in time changes the loss."
     z = embeddings(2, 16, 6)
-    aligned, reversed_ = z.repeat_interleave(3, dim=2), z.flip(2).repeat_interleave(3, dim=2)
+    aligned = z.repeat_interleave(3, dim=2)
+    reversed_ = z.flip(2).repeat_interleave(3, dim=2)
     assert mil_nce_local(aligned, z) + 1 < mil_nce_local(reversed_, z)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_half_precision_is_computed_in_float32(dtype):
-    z_a, z_v = embeddings(4, 8, 12).to(dtype), embeddings(4, 8, 4, seed=1).to(dtype)
+    z_a = embeddings(4, 8, 12).to(dtype)
+    z_v = embeddings(4, 8, 4, seed=1).to(dtype)
     expected = mil_nce_local(z_a.float(), z_v.float())
     z_a.requires_grad_()
     with torch.autocast('cpu', dtype=torch.bfloat16):
         found = mil_nce_local(z_a, z_v)
         found.backward()
-    assert found.dtype == torch.float32 and torch.equal(found.detach(), expected)
+    assert found.dtype == torch.float32
+    assert torch.equal(found.detach(), expected)
     reference = z_a.detach().float().requires_grad_()
     mil_nce_local(reference, z_v.float()).backward()
     assert torch.equal(z_a.grad, reference.grad.to(dtype))
 
 
 def test_nan_stays_visible():
-    z_a, z_v = embeddings(4, 8), embeddings(4, 8, 2, 2, seed=1)
+    z_a = embeddings(4, 8)
+    z_v = embeddings(4, 8, 2, 2, seed=1)
     z_a[2, 3] = torch.nan
     assert mil_nce_global(z_a, z_v).isnan()
 
 
 @pytest.mark.parametrize('loss, a, v', [
-    (mil_nce_global, (3, 8), (4, 8, 2, 2)), (mil_nce_global, (4, 7), (4, 8, 2, 2)),
-    (mil_nce_global, (4, 8), (4, 8, 2)), (mil_nce_global, (0, 8), (0, 8, 2, 2)),
-    (mil_nce_global, (4, 8), (4, 8, 0, 2)), (mil_nce_local, (4, 8, 13), (4, 8, 4)),
-    (mil_nce_local, (4, 8, 12), (3, 8, 4)), (mil_nce_local, (4, 8), (4, 8, 4)),
-    (mil_nce_local, (4, 8, 2), (4, 8, 4)), (mil_nce_local, (4, 8, 0), (4, 8, 4))])
+    (mil_nce_global, (3, 8), (4, 8, 2, 2)),
+    (mil_nce_global, (4, 7), (4, 8, 2, 2)),
+    (mil_nce_global, (4, 8), (4, 8, 2)),
+    (mil_nce_global, (0, 8), (0, 8, 2, 2)),
+    (mil_nce_global, (4, 8), (4, 8, 0, 2)),
+    (mil_nce_local, (4, 8, 13), (4, 8, 4)),
+    (mil_nce_local, (4, 8, 12), (3, 8, 4)),
+    (mil_nce_local, (4, 8), (4, 8, 4)),
+    (mil_nce_local, (4, 8, 2), (4, 8, 4)),
+    (mil_nce_local, (4, 8, 0), (4, 8, 4))])
 def test_shapes_that_do_not_fit(loss, a, v):
     with pytest.raises(InputError, match=r'\('):
         loss(torch.zeros(a), torch.zeros(v))

@@ -12,10 +12,12 @@ from glcm.tasks.metrics import deepfake_scores, localization_scores, top1_correc
 def test_counts_are_repetitions():
     rng = np.random.default_rng(3)
     predicted = np.where(rng.random(30) < 0.5, 'a', 'b')
-    clips = top1_correct(pd.DataFrame(dict(split=np.repeat(['a', 'b', 'c'], 10), label='a', predicted=predicted)))
+    split = np.repeat(['a', 'b', 'c'], 10)
+    clips = top1_correct(pd.DataFrame(dict(split=split, label='a', predicted=predicted)))
     counts = rng.integers(0, 3, size=30)
     repeated = clips.iloc[np.repeat(np.arange(30), counts)]
-    assert top1_scores(clips, counts)['top1'] == pytest.approx(repeated.groupby('split').correct.mean().mean())
+    of_splits = repeated.groupby('split').correct.mean()
+    assert top1_scores(clips, counts)['top1'] == pytest.approx(of_splits.mean())
 
 
 def test_auc_ranks_logits_that_saturate():
@@ -42,10 +44,15 @@ def success_of(values):
 
 def test_localization_is_scored_as_in_a_loop():
     rng = np.random.default_rng(5)
-    rows = pd.DataFrame(dict(pointing=rng.random(20) < 0.5, ciou=rng.random(20), ciou_median=rng.random(20)))
+    rows = pd.DataFrame(dict(
+        pointing=rng.random(20) < 0.5,
+        ciou=rng.random(20),
+        ciou_median=rng.random(20)))
     counts = rng.integers(0, 3, size=20)
     scores = localization_scores(rows, counts)
     repeated = rows.iloc[np.repeat(np.arange(20), counts)]
-    assert [scores['ciou_50'], scores['auc']] == pytest.approx(success_of(repeated.ciou.tolist()))
-    assert [scores['ciou_median'], scores['auc_median']] == pytest.approx(success_of(repeated.ciou_median.tolist()))
+    half_range = scores['ciou_50'], scores['auc']
+    assert half_range == pytest.approx(success_of(repeated.ciou.tolist()))
+    median = scores['ciou_median'], scores['auc_median']
+    assert median == pytest.approx(success_of(repeated.ciou_median.tolist()))
     assert scores['pointing'] == pytest.approx(sum(rows.pointing*counts)/counts.sum())

@@ -19,7 +19,7 @@ SCRIPT = textwrap.dedent('''
     import glcm.training.checkpoints, glcm.training.pretrain
     from test_resume import tiny_train
     folder, kill_at, where = sys.argv[1], int(sys.argv[2]), sys.argv[3]
-    module = glcm.training.checkpoints if where == 'save_checkpoint' else glcm.training.pretrain
+    module = glcm.training.checkpoints if where == 'save_tensors' else glcm.training.pretrain
     original = getattr(module, where)
     calls = 0
     def deadly(*args, **kwargs):
@@ -70,7 +70,7 @@ def kill(folder, where, kill_at):
 
 
 # Killed before the first step, between steps, and while a checkpoint is being written.
-@pytest.mark.parametrize('where, kill_at', [('training_step', 1), ('training_step', 4), ('save_checkpoint', 3)])
+@pytest.mark.parametrize('where, kill_at', [('training_step', 1), ('training_step', 4), ('save_tensors', 3)])
 def test_killed_run_equals_unbroken_one(unbroken, where, kill_at):
     resume = kill(unbroken, where, kill_at)
     tiny_train(unbroken, f'again-{where}-{kill_at}', resume.name)

@@ -1,4 +1,4 @@
-"""The tasks by which a pretrained model is judged: their numbers against independent references, their faults, their sizes."""
+"""The tasks: their numbers against independent references, their faults, their sizes."""
 from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
@@ -13,20 +13,23 @@ from torch.nn import functional as F
 from glcm.core import InputError, generator, read_study
 from glcm.data.shards import ClipStore
 from glcm.encoders import BasicBlock
-from glcm.tasks.metrics import deepfake_scores, sentence_errors, sentence_scores
-from glcm.tasks.statistics import task_scores
 from glcm.model import GLCM
-from glcm.training.config import run_config
 from glcm.tasks.classify import Classifier
-from glcm.tasks.features import Features
-from glcm.tasks.finetune import (CachedFeatures, FinetuneState, decay_groups, finetune, fit, forward_batch, load_network,
-                                 predict_clips, to_inputs)
 from glcm.params import check_params
 from glcm.tasks.config import task_config
+from glcm.tasks.features import Features
+from glcm.tasks.finetune import (
+    CachedFeatures, decay_groups, finetune, fit, forward_batch, load_network, predict_clips, to_inputs)
+from glcm.tasks.metrics import deepfake_scores, sentence_errors, sentence_scores
+from glcm.tasks.sentences import BLANK, CHARACTERS, SentenceRecognizer, beam_search, encode_text
+from glcm.tasks.statistics import task_scores
 from glcm.tasks.windows import LabelledWindows, collate_windows, window_batches
-from glcm.tasks.sentences import CHARACTERS, BLANK, SentenceRecognizer, beam_search, encode_text
 from glcm.testing import tiny_clips, tiny_params
+from glcm.training.checkpoints import StateFolder
+from glcm.training.config import run_config
 
+CPU = torch.device('cpu')
+BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
 PARAMS = tiny_params()
 RUN = run_config(PARAMS, 'glcm', 0)
 
@@ -48,14 +51,24 @@ def edits(a, b):
 
 def test_word_errors_are_the_edit_distance():
     rng = np.random.default_rng(0)
-    said, read = ([' '.join(rng.choice(['bin', 'blue', 'at', 'f', 'now'], rng.integers(1, 7))) for _ in range(40)] for _ in range(2))
-    table = pd.DataFrame(dict(text=said, predicted=read))
+    words = ['bin', 'blue', 'at', 'f', 'now']
+
+    def sentences():
+        return [' '.join(rng.choice(words, rng.integers(1, 7))) for _ in range(40)]
+
+    table = pd.DataFrame(dict(text=sentences(), predicted=sentences()))
+    word_errors, words_said, letter_errors, letters_said = 0, 0, 0, 0
+    for said, predicted in zip(table.text, table.predicted):
+        word_errors += edits(said.split(), predicted.split())
+        words_said += len(said.split())
+        letter_errors += edits(said, predicted)
+        letters_said += len(said)
     scores = sentence_scores(sentence_errors(table))
-    assert scores['wer'] == pytest.approx(sum(edits(a.split(), b.split()) for a, b in zip(said, read))/sum(len(a.split()) for a in said))
-    assert scores['cer'] == pytest.approx(sum(edits(a, b) for a, b in zip(said, read))/sum(len(a) for a in said))
+    assert scores['wer'] == pytest.approx(word_errors/words_said)
+    assert scores['cer'] == pytest.approx(letter_errors/letters_said)
 
 
-def test_nothing_read_is_all_wrong():
+def test_empty_predictions_are_all_errors():
     table = pd.DataFrame(dict(text=['set white', 'now'], predicted=''))
     assert sentence_scores(sentence_errors(table)) == dict(wer=1.0, cer=1.0)
 
@@ -74,25 +87,36 @@ def test_deepfake_scores_are_sklearns():
 
 def test_interval_holds_the_number_and_shrinks_with_clips():
     rng = np.random.default_rng(0)
-    def scores(clips):
-        hits = rng.random(clips) < 0.6
-        return task_scores(pd.DataFrame(dict(split='test', clip=[str(k) for k in range(clips)], group='', label='a', predicted=np.where(hits, 'a', 'b')))).loc['top1']
-    few, many = scores(50), scores(800)
-    assert few.low < few.value < few.high and many.low < many.value < many.high
+
+    def top1(clips):
+        predicted = np.where(rng.random(clips) < 0.6, 'a', 'b')
+        names = [str(k) for k in range(clips)]
+        table = pd.DataFrame(dict(split='test', clip=names, group='', label='a', predicted=predicted))
+        return task_scores(table).loc['top1']
+
+    few = top1(50)
+    many = top1(800)
+    assert few.low < few.value < few.high
+    assert many.low < many.value < many.high
     assert 3 < (few.high - few.low)/(many.high - many.low) < 5.5  # by the square root of 16
 
 
 @pytest.fixture(scope='module')
-def twelve(tmp_path_factory): return tiny_clips(tmp_path_factory.mktemp('clips'), 'kinetics700', train=8, validate=4)
+def twelve(tmp_path_factory):
+    return tiny_clips(tmp_path_factory.mktemp('clips'), 'kinetics700', train=8, validate=4)
 
 
 @pytest.fixture
 def films(twelve):
-    "Twelve clips of toys with picture and sound, said to be of two classes."
+    "Twelve clips of toys with picture and sound, labelled as two classes."
     store = ClipStore(twelve)
     labels = sorted({row['label'] for row in store.clips})
-    store.clips = [row | dict(label='AB'[labels.index(row['label']) % 2], split='test' if k % 3 == 2 else 'train', text='bin blue', group=row['clip'])
-                   for k, row in enumerate(store.clips)]
+    rows = []
+    for k, row in enumerate(store.clips):
+        label = 'AB'[labels.index(row['label']) % 2]
+        split = 'test' if k % 3 == 2 else 'train'
+        rows.append(row | dict(label=label, split=split, text='bin blue', group=row['clip']))
+    store.clips = rows
     return store
 
 
@@ -101,18 +125,28 @@ def config(**values):
 
 
 @pytest.mark.parametrize('values', [
-    dict(features='global'), dict(features='local'), dict(probe=True), dict(frozen=2), dict(probe=True, modality='audio'), dict(input='full_frame+attention'), dict(modality='video+audio'),
-    dict(modality='audio'), dict(crops=3, modality='video+audio', input='full_frame+attention'), dict(labels=0.5)])
-def test_every_choice_trains_and_tells(films, values):
+    dict(features='global'),
+    dict(features='local'),
+    dict(probe=True),
+    dict(frozen=2),
+    dict(probe=True, modality='audio'),
+    dict(input='full_frame+attention'),
+    dict(modality='video+audio'),
+    dict(modality='audio'),
+    dict(crops=3, modality='video+audio', input='full_frame+attention'),
+    dict(labels=0.5)])
+def test_every_choice_trains_and_predicts(films, values):
     table = finetune(*new_model(), films, config(**values), 0)
     assert table['clip'].tolist() == [row['clip'] for row in films.clips if row['split'] == 'test']
-    assert set(table.predicted) <= {'A', 'B'} and table.confidence.between(0.5, 1).all()
+    assert set(table.predicted) <= {'A', 'B'}
+    assert table.confidence.between(0.5, 1).all()
 
 
 @pytest.fixture
 def three_sides(films):
     "The same twelve clips: six for training, three for validation, three for the test."
-    films.clips = [row | dict(split=('train', 'validate', 'test', 'train')[k % 4]) for k, row in enumerate(films.clips)]
+    sides = 'train', 'validate', 'test', 'train'
+    films.clips = [row | dict(split=sides[k % 4]) for k, row in enumerate(films.clips)]
     return films
 
 
@@ -120,14 +154,18 @@ CANDIDATES = [dict(lr=1e-6), dict(lr=0.01, epochs=3), dict(frozen=4)]
 
 
 def test_the_best_candidate_on_the_validation_side_is_tested(three_sides, tmp_path):
-    "Each score is what a run with its values alone gets where validation clips are tested; the test is what a run with the best values gets."
+    """A candidate's score is that of a run with its values alone, tested on the validation clips.
+
+    The test is what a run with the best candidate's values gets."""
     choosing = replace(config(), choose=CANDIDATES)
     table = finetune(*new_model(), three_sides, choosing, 0, keep=tmp_path)
     choices = pd.read_csv(tmp_path/'choices.csv')
     assert choices.candidate.tolist() == ['lr: 1e-06', 'lr: 0.01, epochs: 3', 'frozen: 4']
-    assert (choices.train == 6).all() and (choices.validate == 3).all() and set(choices.metric) == {'top1'}
-    alone = [finetune(*new_model(), three_sides, replace(one, tested='validate'), 0) for one in choosing.candidates()]
-    assert choices.value.tolist() == [pytest.approx((one.label == one.predicted).mean()) for one in alone]
+    assert (choices.train == 6).all() and (choices.validate == 3).all()
+    assert set(choices.metric) == {'top1'}
+    for value, candidate in zip(choices.value, choosing.candidates()):
+        alone = finetune(*new_model(), three_sides, replace(candidate, tested='validate'), 0)
+        assert value == pytest.approx((alone.label == alone.predicted).mean())
     best = choices.value.argmax()
     assert choices.chosen.tolist() == [k == best for k in range(3)]
     assert table.equals(finetune(*new_model(), three_sides, choosing.candidates()[best], 0))
@@ -139,37 +177,64 @@ def test_test_clips_choose_nothing(three_sides, tmp_path):
     "Exchanging the labels of the test clips changes no score of a candidate and no prediction."
     choosing = replace(config(), choose=CANDIDATES[:2])
     before = finetune(*new_model(), three_sides, choosing, 0, keep=tmp_path/'before')
-    three_sides.clips = [row | dict(label=dict(A='B', B='A')[row['label']] if row['split'] == 'test' else row['label']) for row in three_sides.clips]
+    exchanged = dict(A='B', B='A')
+    for k, row in enumerate(three_sides.clips):
+        if row['split'] == 'test':
+            three_sides.clips[k] = row | dict(label=exchanged[row['label']])
     after = finetune(*new_model(), three_sides, choosing, 0, keep=tmp_path/'after')
-    assert after.drop(columns='label').equals(before.drop(columns='label')) and not after.label.equals(before.label)
+    assert after.drop(columns='label').equals(before.drop(columns='label'))
+    assert not after.label.equals(before.label)
     assert (tmp_path/'before'/'choices.csv').read_text() == (tmp_path/'after'/'choices.csv').read_text()
 
 
+def sentence_config(**values):
+    "A small recognizer of sentences that trains all of its network."
+    return replace(task_config(PARAMS, 'lrs2'), **dict(frozen=0, epochs=1, size=16, heads=2, layers=1) | values)
+
+
 def test_sentences_are_chosen_by_the_lower_word_error_rate(three_sides, tmp_path):
-    reading = replace(task_config(PARAMS, 'lrs2'), frozen=0, epochs=1, probe=True, batch=3, size=16, heads=2, layers=1, beam=1, choose=[dict(epochs=1), dict(epochs=60, lr=0.01)])
-    finetune(*new_model(), three_sides, reading, 0, keep=tmp_path)
+    candidates = [dict(epochs=1), dict(epochs=60, lr=0.01)]
+    choosing = sentence_config(probe=True, batch=3, beam=1, choose=candidates)
+    finetune(*new_model(), three_sides, choosing, 0, keep=tmp_path)
     choices = pd.read_csv(tmp_path/'choices.csv')
-    assert set(choices.metric) == {'wer'} and choices.value[1] < choices.value[0]
+    assert set(choices.metric) == {'wer'}
+    assert choices.value[1] < choices.value[0]
     assert choices.chosen.tolist() == [False, True]
 
 
-def test_a_run_that_is_cut_between_candidates_resumes_with_the_best_so_far(three_sides, tmp_path):
+def test_a_run_that_is_cut_between_candidates_resumes_with_the_best_so_far(three_sides, tmp_path, monkeypatch):
     choosing = replace(config(), choose=[dict(lr=0.01, epochs=3), dict(lr=1e-6)])
-    wanted = finetune(*new_model(), three_sides, choosing, 0)
-    state = FinetuneState(tmp_path/'state.pt')
-    def save(more, now=False, real=state.save):
-        real(more, now)
-        if len(more()['choices']) == 1:
+    expected = finetune(*new_model(), three_sides, choosing, 0)
+    real_save = StateFolder.save
+
+    def save(self, number, content):
+        real_save(self, number, content)
+        if len(content['choices']) == 1:
             raise KeyboardInterrupt
-    state.save = save
+
+    monkeypatch.setattr(StateFolder, 'save', save)
     with pytest.raises(KeyboardInterrupt):
-        finetune(*new_model(), three_sides, choosing, 0, state=state)
-    left = torch.load(tmp_path/'state.pt', weights_only=True)
-    assert left['choices'][0]['candidate'] == 'lr: 0.01, epochs: 3' and 'best' in left
-    assert finetune(*new_model(), three_sides, choosing, 0, state=FinetuneState(tmp_path/'state.pt')).equals(wanted)
-    other = replace(choosing, choose=choosing.choose[::-1])
-    finetune(*new_model(), three_sides, other, 0, state=FinetuneState(tmp_path/'state.pt'))
-    assert torch.load(tmp_path/'state.pt', weights_only=True)['choices'][0]['candidate'] == 'lr: 1e-06'  # another run restarts
+        finetune(*new_model(), three_sides, choosing, 0, unfinished=tmp_path)
+    monkeypatch.undo()
+    left = newest_state(tmp_path)
+    assert left['choices'][0]['candidate'] == 'lr: 0.01, epochs: 3'
+    assert 'best' in left
+    assert finetune(*new_model(), three_sides, choosing, 0, unfinished=tmp_path).equals(expected)
+
+
+def newest_state(folder):
+    return torch.load(max(folder.glob('state-*.pt')), weights_only=True)
+
+
+def test_another_run_restarts_and_names_what_differs(films, tmp_path, capsys):
+    first = finetune(*new_model(), films, config(), 0, unfinished=tmp_path)
+    capsys.readouterr()
+    assert finetune(*new_model(), films, config(), 0, unfinished=tmp_path).equals(first)
+    assert 'restarting' not in capsys.readouterr().out
+    other = finetune(*new_model(), films, config(lr=0.01), 0, unfinished=tmp_path)
+    assert f'task.lr: {config().lr} then, 0.01 now' in capsys.readouterr().out
+    assert other.equals(finetune(*new_model(), films, config(lr=0.01), 0))
+    assert newest_state(tmp_path)['task']['lr'] == 0.01
 
 
 def test_predictions_say_how_many_clips_were_used(films):
@@ -179,7 +244,8 @@ def test_predictions_say_how_many_clips_were_used(films):
 
 
 def test_loader_processes_change_nothing(films):
-    assert finetune(*new_model(), films, config(), 0, workers=2).equals(finetune(*new_model(), films, config(), 0))
+    expected = finetune(*new_model(), films, config(), 0)
+    assert finetune(*new_model(), films, config(), 0, workers=2).equals(expected)
 
 
 def test_a_probe_leaves_the_encoders_alone(films):
@@ -188,50 +254,57 @@ def test_a_probe_leaves_the_encoders_alone(films):
     train = [i for i, row in enumerate(films.clips) if row['split'] == 'train']
     fit(network, LabelledWindows(films, {i: 0 for i in train}, network.config, 56, 0), train, seed=0)
     changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
-    statistics = {name for name in before if name.rpartition('.')[2] in ('running_mean', 'running_var', 'num_batches_tracked')}
+    statistics = {name for name in before if name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))}
     assert changed - statistics == {'head.weight', 'head.bias'}
     assert {'norm.running_mean', 'norm.running_var', 'norm.num_batches_tracked'} <= changed
 
 
-def test_videos_are_judged_by_their_mean_logit(films):
-    c = config(target='fake')
-    network = Classifier(*new_model(), c, []).eval()
-    windows = LabelledWindows(films, {}, c, 56, 0)
-    told = dict(predict_clips(network, windows, [0, 3, 5]))
-    for i, outcome in told.items():
+def test_videos_are_classified_by_their_mean_logit(films):
+    fake_config = config(target='fake')
+    network = Classifier(*new_model(), fake_config, []).eval()
+    windows = LabelledWindows(films, {}, fake_config, 56, 0)
+    for i, prediction in predict_clips(network, windows, [0, 3, 5]):
+        both_ends = [[(0, i, 0.0, 0.5), (0, i, 1.0, 0.5)]]
+        batch, = window_batches(windows, both_ends)
         with torch.inference_mode():
-            logits = torch.cat([forward_batch(network, batch, torch.device('cpu')) for when in (0.0, 1.0) for batch in window_batches(windows, [[(0, i, when, 0.5)]])])
-        assert logits.shape == (2, 1) and outcome['logit'] == pytest.approx(logits.mean().item(), abs=1e-3)
-        assert outcome['predicted'] == ('FAKE' if outcome['logit'] > 0 else 'REAL')
+            logits = forward_batch(network, batch, CPU)
+        assert logits.shape == (2, 1)
+        assert prediction['logit'] == pytest.approx(logits.mean().item(), abs=1e-3)
+        assert prediction['predicted'] == ('FAKE' if prediction['logit'] > 0 else 'REAL')
 
 
 def test_logits_of_videos_keep_their_digits(films):
     "With encoders in bfloat16, which has three digits, and for logits at which a sigmoid is 1."
-    c = config(target='fake', precision='bfloat16')
-    network = Classifier(*new_model(), c, []).eval()
+    fake_config = config(target='fake', precision='bfloat16')
+    network = Classifier(*new_model(), fake_config, []).eval()
     with torch.no_grad():
         network.head.bias.fill_(60)
-    logits = [outcome['logit'] for _, outcome in predict_clips(network, LabelledWindows(films, {}, c, 56, 0), list(range(12)))]
-    assert len(set(logits)) == 12 and min(logits) > 30
+    predictions = predict_clips(network, LabelledWindows(films, {}, fake_config, 56, 0), list(range(12)))
+    logits = [prediction['logit'] for _, prediction in predictions]
+    assert len(set(logits)) == 12
+    assert min(logits) > 30
     assert not torch.equal(torch.tensor(logits), torch.tensor(logits).bfloat16().float())
-    table = pd.DataFrame(dict(label=np.where(np.argsort(np.argsort(logits)) < 6, 'REAL', 'FAKE'), logit=logits))
+    rank = np.argsort(np.argsort(logits))
+    table = pd.DataFrame(dict(label=np.where(rank < 6, 'REAL', 'FAKE'), logit=logits))
     assert roc_auc_score(table.label == 'FAKE', table.logit) == 1
 
 
-@pytest.mark.parametrize('task, values', [
-    ('ucf101', {}), ('ucf101', dict(modality='video+audio', frames=8)), ('lrs2', dict(size=16, heads=2, layers=1))])
-def test_weights_decay_and_biases_norms_and_embeddings_do_not(task, values):
-    c = replace(task_config(PARAMS, task), **values)
-    network = (SentenceRecognizer if task == 'lrs2' else Classifier)(*new_model(), c, ['A', 'B'])
+@pytest.mark.parametrize('kind, task, values', [
+    (Classifier, 'ucf101', {}),
+    (Classifier, 'ucf101', dict(modality='video+audio', frames=8)),
+    (SentenceRecognizer, 'lrs2', dict(size=16, heads=2, layers=1))])
+def test_weights_decay_and_biases_norms_and_embeddings_do_not(kind, task, values):
+    network = kind(*new_model(), replace(task_config(PARAMS, task), **values), ['A', 'B'])
     names = {id(p): name for name, p in network.named_parameters()}
     decayed, others = ({names[id(p)] for p in group['params']} for group in decay_groups(network, 0.01))
     frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
-    assert decayed | others | frozen == set(names.values()) and not decayed & others
-    kinds = dict(network.named_modules())
+    assert decayed | others | frozen == set(names.values())
+    assert not decayed & others
+    modules = dict(network.named_modules())
     for name in decayed | others:
         module, _, end = name.rpartition('.')
-        unmixed = isinstance(kinds[module], torch.nn.modules.batchnorm._BatchNorm | torch.nn.LayerNorm | torch.nn.Embedding)
-        assert (name in others) == (unmixed or end in ('bias', 'in_proj_bias')), name
+        is_unmixed = isinstance(modules[module], BATCH_NORM | torch.nn.LayerNorm | torch.nn.Embedding)
+        assert (name in others) == (is_unmixed or end in ('bias', 'in_proj_bias')), name
 
 
 def test_what_does_not_decay_keeps_its_length(films):
@@ -248,16 +321,21 @@ def test_what_does_not_decay_keeps_its_length(films):
 
 def outputs_of_norms(features, batches):
     "Channel means and variances of what each batch norm of the encoders returns, in evaluation."
-    seen, norms = {}, [m for m in features.encoders.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm)]
-    hooks = [norm.register_forward_hook(lambda norm, _, out: seen.setdefault(norm, []).append(out.transpose(0, 1).flatten(1))) for norm in norms]
+    seen = {}
+
+    def record(norm, _, output):
+        seen.setdefault(norm, []).append(output.transpose(0, 1).flatten(1))
+
+    norms = [module for module in features.encoders.modules() if isinstance(module, BATCH_NORM)]
+    hooks = [norm.register_forward_hook(record) for norm in norms]
     with torch.no_grad():
         for inputs in batches:
             assert torch.isfinite(features(*inputs)).all()
     for hook in hooks:
         hook.remove()
     assert len(seen) == len(norms) > 0
-    every = [torch.cat(parts, 1) for parts in seen.values()]
-    return torch.cat([x.mean(1) for x in every]), torch.cat([x.var(1) for x in every])
+    outputs = [torch.cat(parts, 1) for parts in seen.values()]
+    return torch.cat([x.mean(1) for x in outputs]), torch.cat([x.var(1) for x in outputs])
 
 
 class DarkAndBright(torch.utils.data.Dataset):
@@ -265,8 +343,11 @@ class DarkAndBright(torch.utils.data.Dataset):
     targets = {i: int(i >= 16) for i in range(32)}
 
     def __getitem__(self, key):
-        noise = torch.randint(-20, 20, (8, 48, 32), generator=torch.Generator().manual_seed(key[1]))
-        return dict(clip=key[1], target=torch.tensor(self.targets[key[1]]), planes=(noise + (70 if key[1] < 16 else 180)).to(torch.uint8))
+        _, clip, *_ = key
+        noise = torch.randint(-20, 20, (8, 48, 32), generator=torch.Generator().manual_seed(clip))
+        brightness = 70 if clip < 16 else 180
+        planes = (noise + brightness).to(torch.uint8)
+        return dict(clip=clip, target=torch.tensor(self.targets[clip]), planes=planes)
 
 
 def test_frozen_encoders_take_statistics_of_mixed_batches():
@@ -274,48 +355,55 @@ def test_frozen_encoders_take_statistics_of_mixed_batches():
     network = Classifier(*new_model(), config(probe=True, precision='float32', features='local'), ['A', 'B'])
     windows = DarkAndBright()
     CachedFeatures(network, windows, list(range(32)), 0)
-    every = collate_windows([windows[0, i] for i in range(32)])
+    video, _, _ = to_inputs(collate_windows([windows[0, i] for i in range(32)]), CPU)
+    encoder = network.features.encoders['local']
     with torch.no_grad():
-        seen = network.features.encoders['local'].conv1(network.features.normalized(to_inputs(every, torch.device('cpu'))[0], None))
-    inside = torch.stack([seen[:16].var((0, 2, 3, 4)), seen[16:].var((0, 2, 3, 4))]).mean(0)
-    running, total = network.features.encoders['local'].bn1.running_var, seen.var((0, 2, 3, 4))
-    assert ((running - inside)/(total - inside)).median() > 0.6  # batches of four: three quarters on average; 0 where a batch has one class
-    assert torch.allclose(network.features.encoders['local'].bn1.running_mean, seen.mean((0, 2, 3, 4)), atol=1e-4)
+        seen = encoder.conv1(network.features.normalized(video, None))
+    total = seen.var((0, 2, 3, 4))
+    inside = (seen[:16].var((0, 2, 3, 4)) + seen[16:].var((0, 2, 3, 4)))/2
+    between = (encoder.bn1.running_var - inside)/(total - inside)
+    assert between.median() > 0.6  # batches of four: three quarters on average; 0 where a batch has one class
+    assert torch.allclose(encoder.bn1.running_mean, seen.mean((0, 2, 3, 4)), atol=1e-4)
 
 
 @pytest.mark.parametrize('values', [
-    {}, dict(features='global'), dict(features='local'), dict(modality='audio'), dict(modality='video+audio'),
-    dict(input='full_frame+attention'), dict(input='full_frame+attention', modality='video+audio')])
+    {},
+    dict(features='global'),
+    dict(features='local'),
+    dict(modality='audio'),
+    dict(modality='video+audio'),
+    dict(input='full_frame+attention'),
+    dict(input='full_frame+attention', modality='video+audio')])
 def test_a_probe_of_random_weights_has_normalised_features(films, values):
-    c = replace(config(probe=True, precision='float32', **values), batch=8)
-    network = Classifier(*new_model(), c, ['A', 'B']).eval()
-    windows = LabelledWindows(films, {i: 0 for i in range(8)}, c, 56, 0)
+    probe_config = replace(config(probe=True, precision='float32', **values), batch=8)
+    network = Classifier(*new_model(), probe_config, ['A', 'B']).eval()
+    windows = LabelledWindows(films, {i: 0 for i in range(8)}, probe_config, 56, 0)
     keys = [[(0, i, generator(0, 'frozen', 0, i).random(), None) for i in range(8)]]
-    batches = [to_inputs(batch, torch.device('cpu')) for batch in window_batches(windows, keys)]
+    batches = [to_inputs(batch, CPU) for batch in window_batches(windows, keys)]
     _, variance = outputs_of_norms(network.features, batches)
     assert variance.log().abs().max() > 1  # the statistics of no data
     CachedFeatures(network, windows, list(range(8)), 0)
     mean, variance = outputs_of_norms(network.features, batches)
-    assert mean.abs().max() < 0.05 and (variance - 1).abs().max() < 0.1  # running variances are those of a sample, layer after layer
+    assert mean.abs().max() < 0.05
+    assert (variance - 1).abs().max() < 0.1  # running variances are those of a sample, layer after layer
 
 
-@pytest.mark.parametrize('change, message', [
-    (lambda row, k: dict(label=None) if k == 0 else {}, '1 clips have no label, for example'),
-    (lambda row, k: dict(split='train'), '0 for test'),
-    (lambda row, k: dict(group='s1'), 's1 has clips in test and train'),
-    (lambda row, k: dict(label='C') if row['split'] == 'test' else {}, "has the label 'C', which is not among the 2 labels in training"),
+@pytest.mark.parametrize('clips, values, message', [
+    (lambda row, k: k == 0, dict(label=None), '1 clips have no label, for example'),
+    (lambda row, k: True, dict(split='train'), '0 for test'),
+    (lambda row, k: True, dict(group='s1'), 's1 has clips in test and train'),
+    (lambda row, k: row['split'] == 'test', dict(label='C'), "label 'C', which is not among the 2 labels in training"),
 ])
-def test_clips_that_cannot_be_judged_are_named(films, change, message):
-    films.clips = [row | change(row, k) for k, row in enumerate(films.clips)]
+def test_clips_that_cannot_be_evaluated_are_named(films, clips, values, message):
+    films.clips = [row | (values if clips(row, k) else {}) for k, row in enumerate(films.clips)]
     with pytest.raises(InputError, match=message):
         finetune(*new_model(), films, config(), 0)
 
 
 def test_text_that_cannot_be_spelt_is_named(films):
-    films.clips = [row | dict(text='d\u00e9j\u00e0 vu' if k == 1 else 'bin blue') for k, row in enumerate(films.clips)]
-    reading = replace(task_config(PARAMS, 'lrs2'), frozen=0, epochs=1, size=16, heads=2, layers=1)
+    films.clips[1] |= dict(text='d\u00e9j\u00e0 vu')
     with pytest.raises(InputError, match=f"clip {films.clips[1]['clip']}: .* is none of the characters"):
-        finetune(*new_model(), films, reading, 0)
+        finetune(*new_model(), films, sentence_config(), 0)
 
 
 class TwoLetters:
@@ -347,7 +435,8 @@ class TwoLetters:
         decoder_score = sum(log_p[k, c] for k, c in enumerate([*sentence, BLANK]))
         if not self.config.ctc:
             return decoder_score
-        targets, lengths = torch.tensor([sentence], dtype=torch.long), (torch.tensor([5]), torch.tensor([len(sentence)]))
+        targets = torch.tensor([sentence], dtype=torch.long)
+        lengths = torch.tensor([5]), torch.tensor([len(sentence)])
         log_p = self.frames.double().log_softmax(-1).unsqueeze(1)
         ctc_score = -F.ctc_loss(log_p, targets, *lengths, BLANK, reduction='none')[0]
         return (1 - self.config.ctc)*decoder_score + self.config.ctc*ctc_score
@@ -356,7 +445,9 @@ class TwoLetters:
 @pytest.mark.parametrize('ctc', [0.0, 0.3, 0.9])
 def test_the_search_finds_the_best_of_all_sentences(ctc):
     "With repeated letters, and with a beam that is larger than the alphabet."
-    sentences = [list(s) for length in range(6) for s in product(encode_text('AB'), repeat=length)]
+    sentences = []
+    for length in range(6):
+        sentences += map(list, product(encode_text('AB'), repeat=length))
     for seed in range(12):
         recognizer = TwoLetters(seed, ctc)
         assert beam_search(recognizer, torch.zeros(1, 5, 1), 200) == max(sentences, key=recognizer.score)
@@ -364,11 +455,15 @@ def test_the_search_finds_the_best_of_all_sentences(ctc):
 
 def norm_of_clips(norm, clips, statistics):
     "Batch norm in training of clips (C, T, h, w) of any length; its statistics are kept under its name."
-    every = torch.cat([x.flatten(1) for x in clips], 1)
-    mean, var = every.mean(1), every.var(1, unbiased=False)
-    statistics[norm] = 0.9*norm.running_mean + 0.1*mean, 0.9*norm.running_var + 0.1*every.var(1)
-    scale, shift = norm.weight/(var + norm.eps).sqrt(), norm.bias
-    return [(x - mean[:, None, None, None])*scale[:, None, None, None] + shift[:, None, None, None] for x in clips]
+    frames = torch.cat([x.flatten(1) for x in clips], 1)
+    mean = frames.mean(1)
+    var = frames.var(1, unbiased=False)
+    running_mean = 0.9*norm.running_mean + 0.1*mean
+    running_var = 0.9*norm.running_var + 0.1*frames.var(1)
+    statistics[norm] = running_mean, running_var
+    shape = -1, 1, 1, 1
+    scale = (norm.weight/(var + norm.eps).sqrt()).view(shape)
+    return [(x - mean.view(shape))*scale + norm.bias.view(shape) for x in clips]
 
 
 def layer_of_clips(layer, clips, statistics):
@@ -376,81 +471,100 @@ def layer_of_clips(layer, clips, statistics):
     if isinstance(layer, torch.nn.BatchNorm3d):
         return norm_of_clips(layer, clips, statistics)
     if isinstance(layer, torch.nn.Sequential):
-        for one in layer:
-            clips = layer_of_clips(one, clips, statistics)
+        for part in layer:
+            clips = layer_of_clips(part, clips, statistics)
         return clips
     if isinstance(layer, BasicBlock):
-        inner = layer_of_clips(torch.nn.Sequential(layer.conv1, layer.bn1), clips, statistics)
-        inner = layer_of_clips(torch.nn.Sequential(layer.conv2, layer.bn2), [x.relu() for x in inner], statistics)
-        return [(x + y).relu() for x, y in zip(inner, layer_of_clips(layer.shortcut, clips, statistics))]
+        main = torch.nn.Sequential(layer.conv1, layer.bn1, torch.nn.ReLU(), layer.conv2, layer.bn2)
+        inner = layer_of_clips(main, clips, statistics)
+        shortcut = layer_of_clips(layer.shortcut, clips, statistics)
+        return [(x + y).relu() for x, y in zip(inner, shortcut)]
     return [layer(x[None])[0] for x in clips]
+
+
+def padded_features(network, name, clips):
+    "The features of an encoder for clips in one batch, padded with what must not be seen."
+    longest = max(clip.shape[1] for clip in clips)
+    batch = torch.stack([F.pad(clip, (0, 0, 0, 0, 0, longest - clip.shape[1]), value=200) for clip in clips])
+    length = torch.tensor([clip.shape[1] for clip in clips])
+    frames = network.normalized(batch, length)
+    if name == 'global':
+        frames, length = frames[:, :, ::network.stride], -(-length//network.stride)
+    return network.pooled(name, frames, None, length)
 
 
 @pytest.mark.parametrize('name', ['global', 'local'])
 def test_padding_is_not_in_the_batch_statistics(name):
     "In training, against a loop over the clips in float64: features, running statistics and gradients."
-    lengths = [9, 16, 12, 10]
     torch.manual_seed(0)
     network = Features(*new_model(), replace(task_config(PARAMS, 'lrs2'), features=name)).double().train()
     encoder = network.encoders[name]
-    clips = [torch.randint(0, 256, (3, length, 32, 32), dtype=torch.uint8) for length in lengths]
-    frames = [((clip.double()/255 - network.mean[0])/network.std[0])[:, ::network.stride if name == 'global' else 1] for clip in clips]
-    statistics = {}
-    stages = [encoder.conv1, encoder.bn1, torch.nn.ReLU(), encoder.pool, encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4]
-    wanted = [x.mean((2, 3)) for x in layer_of_clips(torch.nn.Sequential(*stages), frames, statistics)]
-    weights = torch.randn(16, dtype=torch.double)
-    gradient, = torch.autograd.grad(sum((x.sum(0)*weights[:x.shape[1]]).sum() for x in wanted), encoder.conv1.weight)
+    stages = [encoder.conv1, encoder.bn1, torch.nn.ReLU(), encoder.pool]
+    stages += [encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4]
+    clips = [torch.randint(0, 256, (3, length, 32, 32), dtype=torch.uint8) for length in (9, 16, 12, 10)]
+    stride = network.stride if name == 'global' else 1
+    frames = [((clip.double()/255 - network.mean[0])/network.std[0])[:, ::stride] for clip in clips]
+    statistics, weights = {}, torch.randn(16, dtype=torch.double)
 
-    batch = torch.stack([F.pad(clip, (0, 0, 0, 0, 0, 16 - clip.shape[1]), value=200) for clip in clips])
-    inputs, length = network.normalized(batch, torch.tensor(lengths)), torch.tensor(lengths)
-    if name == 'global':
-        inputs, length = inputs[:, :, ::network.stride], -(-length//network.stride)
-    features = network.pooled(name, inputs, None, length)
-    for own, alone in zip(features, wanted):
-        assert torch.allclose(own[:, :alone.shape[1]], alone, rtol=0, atol=1e-10)
+    def gradient(features):
+        "Of a weighted sum over the steps of all clips."
+        total = sum((x.sum(0)*weights[:x.shape[1]]).sum() for x in features)
+        return torch.autograd.grad(total, encoder.conv1.weight)[0]
+
+    expected = [x.mean((2, 3)) for x in layer_of_clips(torch.nn.Sequential(*stages), frames, statistics)]
+    padded = padded_features(network, name, clips)
+    features = [own[:, :alone.shape[1]] for own, alone in zip(padded, expected)]
+    for own, alone in zip(features, expected):
+        assert torch.allclose(own, alone, rtol=0, atol=1e-10)
     for norm, (mean, var) in statistics.items():
-        assert torch.allclose(norm.running_mean, mean, rtol=0, atol=1e-10) and torch.allclose(norm.running_var, var, rtol=0, atol=1e-10)
-    assert len(statistics) == sum(isinstance(m, torch.nn.BatchNorm3d) for m in encoder.modules())
-    total = sum((own[:, :alone.shape[1]].sum(0)*weights[:alone.shape[1]]).sum() for own, alone in zip(features, wanted))
-    assert torch.allclose(torch.autograd.grad(total, encoder.conv1.weight)[0], gradient, rtol=1e-9, atol=1e-9)
+        assert torch.allclose(norm.running_mean, mean, rtol=0, atol=1e-10)
+        assert torch.allclose(norm.running_var, var, rtol=0, atol=1e-10)
+    assert len(statistics) == sum(isinstance(module, torch.nn.BatchNorm3d) for module in encoder.modules())
+    assert torch.allclose(gradient(features), gradient(expected), rtol=1e-9, atol=1e-9)
 
 
 def test_features_of_utterances_are_kept_without_their_padding(films):
-    reading = replace(task_config(PARAMS, 'lrs2'), frozen=1, epochs=1, batch=8, size=16, heads=2, layers=1, precision='float32', flip=0.0)
+    reading = sentence_config(frozen=1, batch=8, precision='float32', flip=0.0)
     network = SentenceRecognizer(*new_model(), reading)
     films.clips = [row | dict(steps=row['steps'] - 3*k) for k, row in enumerate(films.clips[:4])]
     windows = LabelledWindows(films, {i: encode_text('A B') for i in range(4)}, reading, 56, 0)
-    kept = CachedFeatures(network, windows, [0, 1, 2, 3], 0)
+    cached = CachedFeatures(network, windows, [0, 1, 2, 3], 0)
     for i in range(4):
-        alone = forward_batch(network, collate_windows([windows[1, i, 0.0, None]]), torch.device('cpu'))
-        assert torch.allclose(forward_batch(network, collate_windows([kept[1, i]]), torch.device('cpu')), alone, atol=1e-4)
+        alone = forward_batch(network, collate_windows([windows[1, i, 0.0, None]]), CPU)
+        assert torch.allclose(forward_batch(network, collate_windows([cached[1, i]]), CPU), alone, atol=1e-4)
 
 
 def test_sentences_can_be_memorised(films):
-    "Two utterances of different length are learned by heart, and read out again by the beam search."
-    reading = replace(task_config(PARAMS, 'lrs2'), frozen=0, epochs=150, batch=2, lr=0.003, size=32, heads=2, layers=1, dropout=0.0, flip=0.0, weight_decay=0.0, probe=True)
+    "Two utterances of different length are memorised, and found again by the beam search."
+    values = dict(epochs=150, batch=2, lr=0.003, size=32, dropout=0.0, flip=0.0, weight_decay=0.0, probe=True)
+    reading = sentence_config(**values)
     texts = {0: 'SET RED', 1: 'AT TWO'}
     torch.manual_seed(0)
     network = SentenceRecognizer(*new_model(), reading)
-    windows = LabelledWindows(films, {i: encode_text(t) for i, t in texts.items()}, reading, 56, 0)
+    targets = {i: encode_text(text) for i, text in texts.items()}
+    windows = LabelledWindows(films, targets, reading, 56, 0)
     fit(network, windows, [0, 1], seed=0)
-    assert {i: outcome['predicted'] for i, outcome in predict_clips(network, windows, [0, 1])} == texts
+    predicted = {i: prediction['predicted'] for i, prediction in predict_clips(network, windows, [0, 1])}
+    assert predicted == texts
 
 
 def test_sizes_of_the_paper():
     "LRW by Table 1: 29 frames of 112x112 pixels, 1,024 features a frame, 500 words."
     params = read_study('paper')
     run = run_config(params, 'glcm', 0)
-    network = Classifier(GLCM(run.model), run, task_config(params, 'lrw'), [f'word {k}' for k in range(500)]).eval()
+    words = [f'word {k}' for k in range(500)]
+    network = Classifier(GLCM(run.model), run, task_config(params, 'lrw'), words).eval()
     with torch.inference_mode():
         video = torch.zeros(1, 3, 29, 112, 112, dtype=torch.uint8)
         features = network.features(video, None)
-        assert features.shape == (1, 1024, 29) and network(video, None).shape == (1, 500)
+        assert features.shape == (1, 1024, 29)
+        assert network(video, None).shape == (1, 500)
 
 
 @pytest.mark.parametrize('name, task, probes', [
-    ('full', 'lrs2', ['probe']), ('grid', 'grid', ['probe', 'probe_tenth', 'probe_hundredth'])])
-def test_readers_choose_between_frozen_encoders_first_and_none(name, task, probes):
+    ('full', 'lrs2', ['probe']),
+    ('grid', 'grid', ['probe', 'probe_tenth', 'probe_hundredth'])])
+def test_recognizers_choose_between_frozen_encoders_first_and_none(name, task, probes):
     params = read_study(name)
     assert [bool(c.frozen) for c in task_config(params, task).candidates()] == [True, False]
     for probe in probes:
@@ -459,7 +573,7 @@ def test_readers_choose_between_frozen_encoders_first_and_none(name, task, probe
 
 @pytest.mark.parametrize('study', ['full', 'paper', 'grid', 'esc10', 'seeds'])
 def test_experiments_of_every_study_fit_together(study):
-    "Every task, in every setting, of every variant; each variant is finetuned for something."
+    "Every task, in every setting, of every variant; each variant is finetuned for something, each dataset used."
     params = read_study(study)
     check_params(params, study)
     finetuned = set()
@@ -468,5 +582,7 @@ def test_experiments_of_every_study_fit_together(study):
             task_config(params, task, setting)
             finetuned |= set(variants)
     assert finetuned == set(params['matrix']['variants'])
-    assert len(params['datasets']) == len(set(params['pretrain']['datasets']) | {params['localize']['dataset']} | set(params['experiments'])
-                                          | {name for v in params['matrix']['variants'] for name in run_config(params, v, 0).pretrain.datasets})
+    used = {params['localize']['dataset'], *params['experiments']}
+    for variant in params['matrix']['variants']:
+        used |= set(run_config(params, variant, 0).pretrain.datasets)
+    assert set(params['datasets']) == used

@@ -67,14 +67,18 @@ def rounded_box(u, v, w, h, r):
     "Distance to a box of half sides w and h whose corners have radius r."
     return circle(np.maximum(np.abs(u) - w + r, 0), np.maximum(np.abs(v) - h + r, 0), r=r)
 
+# %% ../../nbs/70_miniature.drawing.ipynb #012b
 def five_pointed_star(u, v, r):
     "Distance to a star whose points are on a circle of radius r."
-    angle = np.arctan2(u, -v)
-    angle = np.abs((angle + np.pi/5) % (2*np.pi/5) - np.pi/5) # from the nearest point of the star
-    x, y = 0.45*r*np.sin(np.pi/5), 0.45*r*np.cos(np.pi/5)     # an inner corner
+    half = np.pi/5 # angle between a point and an inner corner
+    angle = np.abs((np.arctan2(u, -v) + half) % (2*half) - half) # from the nearest point
     radius = np.hypot(u, v)
-    across, along = radius*np.sin(angle), radius*np.cos(angle)
-    return ((r - y)*across - x*(r - along))/np.hypot(x, r - y)
+    across = radius*np.sin(angle)
+    along = radius*np.cos(angle)
+    corner_across = 0.45*r*np.sin(half)
+    corner_along = 0.45*r*np.cos(half)
+    edge = np.hypot(corner_across, r - corner_along) # length
+    return ((r - corner_along)*across - corner_across*(r - along))/edge
 
 # %% ../../nbs/70_miniature.drawing.ipynb #013
 def coordinates(
@@ -104,7 +108,7 @@ def paint(
     alpha: np.ndarray, # (h, w) in [0, 1]
     colour, # three numbers in [0, 1], or (h, w, 3)
 ):
-    "Lay a colour over the canvas where alpha says so."
+    "Blend a colour over the canvas, as much as alpha."
     canvas += alpha[..., None]*(np.asarray(colour) - canvas)
 
 def fill(
@@ -148,7 +152,8 @@ def two_colours(
     rng: np.random.Generator,
 ) -> tuple: # two times red, green and blue in [0, 1]
     "Two muted colours of similar hue and brightness."
-    hue, value = rng.uniform(), rng.uniform(0.3, 0.6)
+    hue = rng.uniform()
+    value = rng.uniform(0.3, 0.6)
     one = colorsys.hsv_to_rgb(hue, rng.uniform(0.1, 0.4), value)
     hue = (hue + rng.uniform(-0.1, 0.1)) % 1
     two = colorsys.hsv_to_rgb(hue, rng.uniform(0.1, 0.4), value + rng.uniform(0.06, 0.13))
@@ -166,7 +171,9 @@ def background(
     pattern = patterns[rng.integers(len(patterns))]
     t = np.arange(frames)[:, None, None]/fps
     y, x = np.mgrid[:2*size[1], :2*size[0]]
-    angle, period, heading = rng.uniform(0, np.pi), rng.uniform(18, 40), rng.uniform(0, 2*np.pi)
+    angle = rng.uniform(0, np.pi)
+    period = rng.uniform(18, 40) # canvas pixels
+    heading = rng.uniform(0, 2*np.pi)
     x = x - 9*np.cos(heading)*t + rng.uniform(0, 99) # 9 canvas pixels a second
     y = y - 9*np.sin(heading)*t + rng.uniform(0, 99)
     along, across = rotate(x, y, angle)

@@ -131,7 +131,8 @@ class Dataset:
     write_lists: Callable | None = None # (folder, rows, sizes)
 
 # %% ../../nbs/73_miniature.files.ipynb #020
-def _write_key(write_clip, folder, seed, key): return write_clip(folder, seed, *key)
+def _write_key(write_clip, folder, seed, key):
+    return write_clip(folder, seed, *key)
 
 def write_dataset(
     folder: Path, # appears when it is complete; must not exist

@@ -22,7 +22,7 @@ from scipy.signal import resample_poly
 
 from ..core import InputError
 from glcm.miniature.drawing import (
-    FPS, RATE, SECONDS, background, circle, coordinates, cover, downsample, ellipse, exposure_times,
+    FPS, RATE, SECONDS, background, circle, coordinates, cover, ellipse, exposure_times,
     fill, frame_times, paint, rotate, rounded_box, to_frames,
 )
 from .toys import FRAME_SIZES, add_noise

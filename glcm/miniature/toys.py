@@ -140,11 +140,13 @@ def draw_toy(
     pose: Pose,
 ) -> np.ndarray: # (h, w) in [0, 1], how much of each pixel it covers
     "Draw one toy."
-    mask, window = np.zeros(canvas.shape[:2]), _window(pose)
-    x, y = coordinates(canvas, pose.centre, pose.radii)
-    x, y, part, pixel = x[window], y[window], canvas[window], 1/min(pose.radii)
+    mask = np.zeros(canvas.shape[:2])
+    window = _window(pose)
+    part, pixel = canvas[window], 1/min(pose.radii)
+    x, y = (axis[window] for axis in coordinates(canvas, pose.centre, pose.radii))
     layers = LAYERS[kind](*rotate(x, y, pose.tilt))
-    (body, _), (last, tone) = layers[0], layers[-1]
+    body, _ = layers[0]
+    last, tone = layers[-1]
     outline = (np.minimum(body, last) if tone == 'light' else body) - 0.08
     shadow = np.clip(0.6 - np.hypot(x - 0.15, y - 0.25) + 0.5, 0, 1)
     glow = np.exp(-np.clip(outline, 0, None)/0.22)
@@ -179,7 +181,9 @@ def lowpass(x, pole):
     "A filter of one pole in 0..1: the larger, the duller."
     return lfilter([1 - pole], [1, -pole], x)
 
-def white_noise(rng, t): return rng.standard_normal(len(t))
+def white_noise(rng, t):
+    "As many random numbers as there are samples."
+    return rng.standard_normal(len(t))
 
 # %% ../../nbs/71_miniature.toys.ipynb #021
 def drum_timbre(t, pitch, bright, rng):
@@ -318,7 +322,8 @@ class Toy:
         side: int, # the frame's short side, in canvas pixels
     ) -> list: # of Pose
         "How the toy appears in each frame."
-        middle, e = frame_times(frames)[:, None], self.pulse(frames)
+        middle = frame_times(frames)[:, None]
+        e = self.pulse(frames)
         drift = self.drift[:2]*np.sin(2*np.pi*middle/5 + self.drift[2:])
         centre = np.array([self.x, self.y]) + drift
         radii = self.radius*(1 + 0.45*e[:, None]*np.ones(2))
@@ -364,7 +369,9 @@ def random_toy(
     "A toy with random looks, motion and strikes."
     times, strengths = onsets(rng)
     drift = np.concatenate([rng.uniform(0.01, 0.04, 2), rng.uniform(0, 2*np.pi, 2)])
-    colours, tilt, hops = toy_colours(rng), rng.uniform(-0.25, 0.25), rng.uniform() < 0.4
+    colours = toy_colours(rng)
+    tilt = rng.uniform(-0.25, 0.25)
+    hops = rng.uniform() < 0.4
     strikes = Strikes(times, strengths, rng.uniform(0.14, 0.22))
     return Toy(kind, x, y, radius, colours, tilt, hops, strikes, drift)
 

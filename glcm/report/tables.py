@@ -378,12 +378,13 @@ def pairs_table(
 def differences_table(
     differences: pd.DataFrame, # as from `variant_differences`
 ) -> str: # Markdown, in percentage points
-    "A table of localization and synchronisation, and one of the tasks; one without rows is left out."
+    "A table of localization and synchronisation, and one of the tasks; an empty one is not written."
     named = differences[differences.metric.isin([*MAIN_METRICS, *METRIC_NAMES])]
     pretrained = named.task.isin(PRETRAINED_TASKS)
     parts = [part for part in (named[pretrained], named[~pretrained]) if len(part)]
     return '\n\n'.join(map(pairs_table, parts))
 
+# %% ../../nbs/51_report.tables.ipynb #040c
 def pretraining_gain(
     differences: pd.DataFrame, # as from `variant_differences`
     columns: list, # some of `METRIC_NAMES`
@@ -563,6 +564,7 @@ def inputs_and_clips(
             parts.append(f'{INPUT_NAMES[name]} ({", ".join(tasks.values())})')
     return f'Input, as in the paper, and clips tested here: {"; ".join(parts)}.'
 
+# %% ../../nbs/51_report.tables.ipynb #060b
 def footnotes(
     layout: pd.DataFrame, # of one table, as from `read_layout`
 ) -> list[str]: # lines; none where there is no note

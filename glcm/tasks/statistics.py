@@ -39,9 +39,10 @@ def _bca_interval(
     def values_of_sample(bootstrap_rows): # (groups,) numbers of the groups that were drawn
         return statistic(np.bincount(bootstrap_rows, minlength=groups))
 
-    def values_of_samples(bootstrap_rows, axis):
-        values = np.apply_along_axis(values_of_sample, axis, bootstrap_rows)
-        return np.moveaxis(values, axis, 0)
+    def values_of_samples(bootstrap_rows, axis): # (..., groups), the last axis is theirs
+        samples = bootstrap_rows.reshape(-1, bootstrap_rows.shape[axis])
+        values = np.array([values_of_sample(sample) for sample in samples])
+        return values.T.reshape(-1, *bootstrap_rows.shape[:-1])
 
     with warnings.catch_warnings():
         warnings.simplefilter('ignore') # undefined intervals are replaced below
@@ -160,7 +161,8 @@ def _mean_over_seeds(
     parts = []
     for name in pd.unique(seed):
         rows = np.flatnonzero(seed == name)
-        parts.append((rows, *task_scorer(table.iloc[rows])))
+        own = table.iloc[rows].reset_index(drop=True) # pandas copies an index of texts each time a column is read
+        parts.append((rows, *task_scorer(own)))
 
     def score(counts):
         scores = [score_seed(contributions, counts[rows]) for rows, contributions, score_seed in parts]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['data_hash', 'save_tensors', 'save_checkpoint', 'read_state', 'with_weights', 'read_checkpoint', 'model_from',
-           'load_model', 'imported_files', 'code_hash', 'code_version', 'differences', 'Resume', 'run_hash']
+           'load_model', 'imported_files', 'code_hash', 'code_version', 'differences', 'StateFolder', 'Resume',
+           'run_hash']
 
 # %% ../../nbs/37_training.checkpoints.ipynb #002
 import ast
@@ -55,11 +56,10 @@ def save_checkpoint(
     data: str, # hash of the clips
     step: int, # steps done
     model: GLCM,
-    **more, # tensors and numbers that are kept only where the run is to be resumed
 ):
     "Write a checkpoint, whole or not at all."
     content = dict(format=1, config=asdict(config), trained=list(config.trained), data=data, step=step)
-    save_tensors(path, content | dict(model=model.state_dict(), **more))
+    save_tensors(path, content | dict(model=model.state_dict()))
 
 # %% ../../nbs/37_training.checkpoints.ipynb #016
 def read_state(
@@ -170,13 +170,63 @@ def differences(
     then, now = _flat(then), _flat(now)
     changed = [name for name in sorted(then | now)
                if name != 'commit' and then.get(name, 'absent') != now.get(name, 'absent')]
-    if 'code' in changed:
+    if 'code' in changed and 'commit' in now:
         changed.append('commit')
     return [f"{name.removeprefix('config.')}: {then.get(name, 'absent')} then, {now.get(name, 'absent')} now" for name in changed]
 
 # %% ../../nbs/37_training.checkpoints.ipynb #022
+class StateFolder:
+    "The states of an unfinished run: the newest one, and the one before it."
+    def __init__(
+        self,
+        folder: str | Path, # holds this run's states and no other's
+        kind: str, # what a state is, for the names of the files and for messages: one word
+        about: dict, # all that decides the run; stands in each state
+        **parts: type, # what a state holds besides, for a check when it is read
+    ):
+        self.folder, self.kind, self.about = Path(folder), kind, about
+        self.parts = parts
+
+    def saved(self) -> list[Path]:
+        "Its files, the newest first."
+        return sorted(self.folder.glob(f'{self.kind}-*.pt'), reverse=True)
+
+    def newest(self) -> tuple[dict | None, Path | None]: # None: no file can be read
+        "The newest state that can be read, and its file."
+        for path in self.saved():
+            try:
+                return read_state(path, self.kind, **self.parts), path
+            except InputError as e:
+                print(f'{e}: trying the one before it')
+        return None, None
+
+    def changes(self, state: dict) -> list[str]:
+        "What differs between the run of a state and this one, as `differences` words it."
+        return differences({name: state.get(name) for name in self.about}, self.about)
+
+    def save(
+        self,
+        number: int, # of the state: grows in the course of a run
+        content: dict, # tensors and numbers
+    ):
+        "Write a state, whole or not at all; of the others the one before it is kept."
+        newest = self.folder/f'{self.kind}-{number:09}.pt'
+        save_tensors(newest, dict(format=1) | self.about | content)
+        older = [path for path in self.saved() if path.name < newest.name]
+        for path in set(self.saved()) - {newest, *older[:1]}: # a damaged one with a higher number is among them
+            path.unlink()
+
+    def remove(self):
+        "Remove the states, what was half written, and the folder if nothing else is in it."
+        for path in self.saved():
+            path.unlink()
+        remove_partials(self.folder) # of a process that was killed while writing
+        if self.folder.exists() and not any(self.folder.iterdir()):
+            self.folder.rmdir()
+
+# %% ../../nbs/37_training.checkpoints.ipynb #022d
 class Resume:
-    "The state of an unfinished run, kept in a folder."
+    "The state of an unfinished pretraining, kept in a folder."
     def __init__(
         self,
         folder: str | Path, # holds this run's checkpoints and no other's
@@ -187,10 +237,7 @@ class Resume:
     ):
         self.folder, self.accept_changes, self.config = Path(folder), accept_changes, config
         self.about = dict(config=asdict(config), data=data, ranks=ranks) | code_version()
-
-    def saved(self) -> list[Path]:
-        "Its checkpoints, the newest first."
-        return sorted(self.folder.glob('checkpoint-*.pt'), reverse=True)
+        self.states = StateFolder(folder, 'checkpoint', self.about, config=dict, data=str, step=int, model=dict)
 
     def restore(
         self,
@@ -198,31 +245,28 @@ class Resume:
         optimizer: torch.optim.Optimizer, # newest good checkpoint
     ) -> list[dict]: # losses of the steps done; empty where there is no checkpoint
         "Load what an interrupted run has left; raises `InputError` if that was another run, or if no file is good."
-        for path in self.saved():
-            try:
-                state = read_checkpoint(path)
-            except InputError as e:
-                print(f'{e}: trying the one before it')
-                continue
-            self.check(state, path)
-            weights = {f'model.{name}': tensor for name, tensor in state['model'].items()}
-            with_weights(network, weights | state['pretext'], path)
-            optimizer.load_state_dict(state['optimizer'])
-            for group in optimizer.param_groups:
-                group['weight_decay'] = self.config.pretrain.weight_decay # it may have been changed
-            return [dict(step=step) | dict(zip(self.config.columns, row)) for step, row in enumerate(state['history'].tolist())]
-        if self.saved():
+        if not self.states.saved():
+            return []
+        state, path = self.states.newest()
+        if state is None:
             raise InputError(f'no checkpoint in {self.folder} can be read: delete that folder to restart')
-        return []
+        self.check(state, path)
+        weights = {f'model.{name}': tensor for name, tensor in state['model'].items()}
+        with_weights(network, weights | state['pretext'], path)
+        optimizer.load_state_dict(state['optimizer'])
+        for group in optimizer.param_groups:
+            group['weight_decay'] = self.config.pretrain.weight_decay # it may have been changed
+        return [dict(step=step) | dict(zip(self.config.columns, row)) for step, row in enumerate(state['history'].tolist())]
 
     def check(self, state, path):
         "Raise `InputError` with the differences unless `state` was made by this configuration, data and code."
-        changed = differences({name: state.get(name) for name in self.about}, self.about)
+        changed = self.states.changes(state)
         if not changed:
             return
         message = f'{path} is of another run:\n  ' + '\n  '.join(changed)
         if not self.accept_changes:
-            raise InputError(f'{message}\nResume from it all the same by machine.accept_changes: true, or delete {self.folder} to restart')
+            raise InputError(f'{message}\nResume from it all the same by machine.accept_changes: true, '
+                             f'or delete {self.folder} to restart')
         print(message)
 
     def save(
@@ -233,23 +277,17 @@ class Resume:
     ):
         "Keep the state after these steps, and one of the older states."
         rows = torch.tensor([[row[name] for name in self.config.columns] for row in history], dtype=torch.float64)
-        about = {name: value for name, value in self.about.items() if name not in ('config', 'data')}
-        newest = self.folder/f'checkpoint-{len(history):09}.pt'
-        save_checkpoint(newest, self.config, self.about['data'], len(history), network.model,
-                        pretext=network.state(), optimizer=optimizer.state_dict(), history=rows, **about)
-        older = [path for path in self.saved() if path.name < newest.name]
-        for path in set(self.saved()) - {newest, *older[:1]}: # a damaged one of a later step is among them
-            path.unlink()
+        weights = dict(model=network.model.state_dict(), pretext=network.state(), trained=list(self.config.trained))
+        content = dict(step=len(history), optimizer=optimizer.state_dict(), history=rows)
+        self.states.save(len(history), content | weights)
         with atomic_path(self.folder/'steps.csv') as path:
             pd.DataFrame(history).to_csv(path, index=False)
 
     def remove(self):
         "Remove what this class has written, and the folder if nothing else is in it."
-        for path in [*self.saved(), self.folder/'steps.csv', self.folder/'params.yaml']:
-            path.unlink(missing_ok=True)
-        remove_partials(self.folder) # of a process that was killed while writing
-        if self.folder.exists() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        for name in ('steps.csv', 'params.yaml'):
+            (self.folder/name).unlink(missing_ok=True)
+        self.states.remove()
 
 # %% ../../nbs/37_training.checkpoints.ipynb #028
 def run_hash(
