@@ -178,7 +178,7 @@ def refuse_length(
     if decoding.container.format.name in LENGTH_IS_GUESSED:
         return
     streams = decoding.clock.ends.keys() | set(decoding.streams.values())
-    promises = {round(float((stream.duration or 0)*stream.time_base), 3) for stream in streams}
+    promises = {round(float(stream.duration*stream.time_base), 3) for stream in streams if stream.duration}
     one_for_all = len(streams) > 1 and len(promises) == 1
     for kind, stream in decoding.streams.items():
         if not stream.duration or kind not in decoding.ends or kind in decoding.joined:
