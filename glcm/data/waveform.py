@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
 from .damage import Rejection
-from .mono import mono
+from .mono import Downmix
 
 # %% ../../nbs/17_data.waveform.ipynb #005
 TOLERANCE = 0.01 # seconds by which a frame may be off its place
@@ -73,7 +73,6 @@ def laid_out(
 # %% ../../nbs/17_data.waveform.ipynb #011
 # decoders whose frames are of one size
 EQUAL_FRAMES = {'aac', 'mp3', 'mp3float', 'mp2', 'mp2float', 'ac3', 'eac3', 'dca', 'opus', 'libopus'}
-BLOCK = 10 # seconds of sound that are mixed and resampled at a time
 
 @dataclass(frozen=True)
 class Beginning:
@@ -93,7 +92,8 @@ class Beginning:
         places = np.cumsum(samples) - samples
         place, time = runs_of(places[:-1], times[:-1], rate)[-1]
         first = int(np.searchsorted(places, place))
-        return cls(float(time), int(samples[first]), int(samples[first + 1]) if codec in EQUAL_FRAMES else 1)
+        following = int(samples[first + 1]) if codec in EQUAL_FRAMES else 1
+        return cls(float(time), int(samples[first]), following)
 
     def place(self, time: float, rate: int) -> int:
         "How many samples are in front of a frame that is heard at `time`."
@@ -102,24 +102,29 @@ class Beginning:
         return whole if abs(whole - place) < 0.002*rate else round(place)
 
 # %% ../../nbs/17_data.waveform.ipynb #013
+BLOCK = 10 # seconds of sound that are mixed and resampled at a time
+
 class Take:
     "A stretch of sound of one format, resampled as it comes."
     def __init__(self,
         frame: av.AudioFrame, # its first frame
         time: float, # when that is heard, seconds
         rate: int, # wanted samples per second
+        downmix: Downmix, # to one channel
         beginning: Beginning | None = None, # of the file's sound, where this is not it
     ):
-        self.source, self.rate, self.time_base = frame.sample_rate, rate, float(frame.time_base or 0)
+        self.source, self.rate, self.downmix = frame.sample_rate, rate, downmix
+        self.time_base = float(frame.time_base or 0) # seconds to which times are rounded
         self.resampler = av.AudioResampler(format='flt', layout='mono', rate=rate)
-        self.block, self.waiting, self.sounds, self.samples = [], 0, [], 0
-        self.places, self.times, self.length, self.begins = [], [], 0, time
+        self.block, self.waiting = [], 0 # frames that are not mixed yet, and their samples
+        self.sounds, self.samples = [], 0 # what was resampled, and its samples
+        self.places, self.times, self.length = [], [], 0 # of the frames; samples of all
+        self.begins = time # seconds
         self.unused = 0 # samples to leave out at the beginning
-        if beginning is None:
-            return
-        place = beginning.place(time, self.source)
-        self.begins = beginning.time + place/self.source
-        self.unused = -place % (self.source//gcd(self.source, rate))
+        if beginning is not None:
+            place = beginning.place(time, self.source)
+            self.begins = beginning.time + place/self.source
+            self.unused = -place % (self.source//gcd(self.source, rate))
 
     def add(self, frame: av.AudioFrame, time: float):
         "Take the next frame."
@@ -134,8 +139,9 @@ class Take:
     def _resample(self):
         if not self.block:
             return
-        sound = mono(self.block, self.source)
-        dropped = min(len(sound), max(0, self.unused - (self.length - self.waiting)))
+        sound = self.downmix.mono(self.block)
+        in_front = self.length - self.waiting
+        dropped = min(len(sound), max(0, self.unused - in_front))
         frame = av.AudioFrame.from_ndarray(sound[None, dropped:], 'flt', 'mono')
         frame.sample_rate = self.source
         self._keep(frame)
@@ -146,17 +152,25 @@ class Take:
             self.sounds.append(piece.to_ndarray()[0])
             self.samples += piece.samples
 
-    def pieces(self) -> list: # of (seconds, samples)
-        "The runs, each with its time; raises `Rejection` for a false clock."
+    def finish(self):
+        "Resample what is left: no frame follows."
         self._resample()
         self._keep(None)
-        sound, scale = np.concatenate([np.zeros(0, np.float32), *self.sounds]), self.rate/self.source
+
+    def pieces(self) -> list: # of (seconds, (n,) float32)
+        "The runs of a take that is finished, each with its time; raises `Rejection` for a false clock."
+        runs = self._runs()
+        sound = np.concatenate([np.zeros(0, np.float32), *self.sounds])
+        starts = [max(0, round(place*self.rate/self.source)) for place, _ in runs]
+        ends = [*starts[1:], len(sound)]
+        times = [time + start/self.rate - place/self.source for start, (place, time) in zip(starts, runs)]
+        return [(time, sound[start:end]) for time, start, end in zip(times, starts, ends)]
+
+    def _runs(self) -> list: # of (place, seconds)
         tolerance = max(TOLERANCE, 1.5*self.time_base)
         runs = runs_of(np.array(self.places), np.array(self.times), self.source, tolerance)
         refuse_false_clock(runs, len(self.times), self.length, self.source)
-        starts = [max(0, round(place*scale)) for place, _ in runs]
-        times = [time + start/self.rate - place/self.source for start, (place, time) in zip(starts, runs)]
-        return [(time, sound[start:end]) for time, start, end in zip(times, starts, [*starts[1:], len(sound)])]
+        return runs
 
 # %% ../../nbs/17_data.waveform.ipynb #015
 class Sound:
@@ -164,9 +178,11 @@ class Sound:
     def __init__(self,
         rate: int, # wanted samples per second
         beginning: Beginning | None = None, # of the file's sound; None where the frames begin with it
+        side: int | None = None, # of sound in stereo, 0: the left side alone, 1: the right one; None: their mean
     ):
         self.rate, self.beginning, self.takes = rate, beginning, []
         self.kind, self.settled = None, beginning is None
+        self.downmix = Downmix(side)
 
     def add(self, frame: av.AudioFrame, time: float):
         "Take the next frame, which is heard at `time`."
@@ -175,9 +191,21 @@ class Sound:
             self.settled = True
             return
         if kind != self.kind:
-            self.takes.append(Take(frame, time, self.rate, None if self.takes else self.beginning))
+            self.finish()
+            beginning = None if self.takes else self.beginning
+            self.takes.append(Take(frame, time, self.rate, self.downmix, beginning))
         self.kind = kind
         self.takes[-1].add(frame, time)
+
+    def finish(self):
+        "End the latest take; nothing of it follows."
+        if self.takes:
+            self.takes[-1].finish()
+
+    @property
+    def audible_side(self) -> int | None: # 0: left, 1: right
+        "The louder side of sound whose sides cancel each other; None where their mean can be heard."
+        return self.downmix.audible_side
 
     @property
     def begins(self) -> float | None: return self.takes[0].begins if self.takes else None
@@ -186,5 +214,6 @@ class Sound:
     def nbytes(self) -> int: return 4*sum(take.samples for take in self.takes)
 
     def waveform(self, start: float) -> np.ndarray: # (n,) float32 mono
-        "All sound from `start` (seconds) on."
-        return laid_out([piece for take in self.takes for piece in take.pieces()], start, self.rate)
+        "All sound of a finished recording from `start` (seconds) on."
+        pieces = [piece for take in self.takes for piece in take.pieces()]
+        return laid_out(pieces, start, self.rate)
