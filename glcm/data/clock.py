@@ -30,7 +30,8 @@ def open_file(
     raise Rejection('does not decode', f'{path.name} is a list of other files')
 
 # %% ../../nbs/14_data.clock.ipynb #007
-STRICT = {'err_detect': 'crccheck+bitstream+buffer+explode', 'max_pixels': str(8192*4320), 'threads': '1'} # FFmpeg's options for decoders
+# FFmpeg's options for decoders
+STRICT = {'err_detect': 'crccheck+bitstream+buffer+explode', 'max_pixels': str(8192*4320), 'threads': '1'}
 COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 IMPAIRED = Disposition.hearing_impaired | Disposition.visual_impaired | Disposition.comment
 
@@ -78,10 +79,11 @@ AHEAD = 10 # seconds without any packet after which the clock of a transport str
 LONGEST_GAP = 30 # seconds without any packet above which the clock of another file is not believed
 
 def seconds_of(packet: av.Packet, default: float = 0.0) -> float: # seconds
-    "When a packet is shown, as far as it says."
+    "When a packet is shown, by its own times; `default` where it has none."
     ticks = packet.dts if packet.pts is None else packet.pts
     return default if ticks is None else ticks*float(packet.time_base)
 
+# %% ../../nbs/14_data.clock.ipynb #0111
 @dataclass
 class Clock:
     "Puts the packets of a file on one clock that goes on."
