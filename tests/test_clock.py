@@ -1,4 +1,4 @@
-"""Films with odd clocks, odd streams and odd names: flash and beep meet, or the file is refused for the right reason."""
+"""Films with odd clocks, streams and names: flash and beep meet, or the file is refused for the right reason."""
 import struct
 from contextlib import contextmanager
 from fractions import Fraction
@@ -126,7 +126,8 @@ def test_a_recording_that_begins_between_key_frames(tmp_path):
 
 def test_leading_pictures_of_an_open_group_are_dropped(tmp_path):
     group = {'x264-params': 'open-gop=1:bframes=3:keyint=20:min-keyint=20:scenecut=0'}
-    with av.open(str(film(tmp_path/'whole.mkv', options=group))) as source, av.open(str(tmp_path/'cut.mkv'), 'w') as out:
+    film(tmp_path/'whole.mkv', options=group)
+    with av.open(str(tmp_path/'whole.mkv')) as source, av.open(str(tmp_path/'cut.mkv'), 'w') as out:
         streams = {stream: out.add_stream_from_template(stream) for stream in source.streams}
         keys = 0
         for packet in source.demux():
@@ -180,7 +181,8 @@ def still(path, seconds, count, heard=None):
 
 
 @pytest.mark.parametrize('suffix', ['mp4', 'mkv'])
-@pytest.mark.parametrize('seconds,count', [(4, 1), (5, 3), (12, 2), (15, 5), (40, 1)]) # of three, the second one stored is shown last
+# of three and more, the second one that is stored is not shown second
+@pytest.mark.parametrize('seconds,count', [(4, 1), (5, 3), (12, 2), (15, 5), (40, 1)])
 def test_a_still_lasts_as_long_as_the_file_says(tmp_path, suffix, seconds, count):
     recording = read_recording(still(tmp_path/f'still.{suffix}', seconds, count), 10, 32, 24000)
     assert abs(len(recording.planes) - 10*seconds*count) <= 2

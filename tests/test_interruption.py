@@ -1,4 +1,4 @@
-"""Killed runs, decoders that crash or hang, a cluster instead of one machine: nothing is lost, and the bytes are the same."""
+"""Killed runs, decoders that crash or hang, a cluster instead of one machine: nothing is lost, nothing differs."""
 import os
 import queue
 import shutil

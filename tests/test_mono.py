@@ -111,7 +111,10 @@ def test_planar_surround(tmp_path, layout):
     assert 0.3 < level(waveform) < 0.6
 
 
-@pytest.mark.parametrize('kind, layout', [('pcm_f32le', 'mono'), ('pcm_s32le', 'mono'), ('flac', 'mono'), ('pcm_f32le', 'stereo')])
+PLAIN = [('pcm_f32le', 'mono'), ('pcm_s32le', 'mono'), ('flac', 'mono'), ('pcm_f32le', 'stereo')]
+
+
+@pytest.mark.parametrize('kind, layout', PLAIN)
 def test_sound_that_needs_no_resampling(tmp_path, kind, layout):
     path = tmp_path/('a.flac' if kind == 'flac' else 'a.wav')
     with av.open(str(path), 'w') as container:

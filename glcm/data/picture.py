@@ -124,7 +124,8 @@ def refuse_unknown_colours(
         return
     name = UNKNOWN_COLOURS.get(frame.colorspace)
     if name:
-        raise Rejection('unknown colours', f'pictures in {name} (matrix {frame.colorspace} of H.273), which cannot be converted')
+        kind = f'{name} (matrix {frame.colorspace} of H.273)'
+        raise Rejection('unknown colours', f'pictures in {kind}, which cannot be converted')
     if frame.colorspace == 2 and _has_dolby_vision(frame):
         raise Rejection('unknown colours', 'pictures in Dolby Vision of profile 5, which cannot be converted')
 
