@@ -22,8 +22,8 @@ from glcm.data.video import write_video
 ABSURD = [0, 1, 2, 255, 65535, 1 << 24, (1 << 31) - 1, 1 << 31, (1 << 32) - 1] # values that no honest header has
 SMALL_LUMA, SMALL_MEL = 12, 0.3 # small harm: mean difference of the worst frame, of 255; median difference of log10 mel energies
 SHIFT = 6 # columns by which sound may have moved: half a visual step
-REASONS = {'does not decode', 'cut off', 'no video', 'no audio', 'too short', 'clock jumps', 'changes size', 'longer than its header says',
-           'too large', 'takes too long', 'crashes the decoder'}
+REASONS = {'does not decode', 'cut off', 'no video', 'no audio', 'too short', 'clock jumps', 'changes size',
+           'longer than its header says', 'unknown colours', 'too large', 'takes too long', 'crashes the decoder'}
 
 
 # -- files to damage ---------------------------------------------------------------------------------------------------

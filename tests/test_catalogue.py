@@ -11,9 +11,18 @@ from glcm.data.table import COLUMNS, clip_name, training_order
 from glcm.datasets.catalogue import EXPECTED, READERS, leaks, read_catalogue
 from glcm.datasets.lipreading import word_window
 
-ALIGN = '0 5000 sil\n5000 10000 bin\n10000 15000 blue\n15000 20000 at\n20000 21000 sp\n21000 25000 f\n25000 30000 two\n30000 74500 now\n'
+ALIGN = '''0 5000 sil
+5000 10000 bin
+10000 15000 blue
+15000 20000 at
+20000 21000 sp
+21000 25000 f
+25000 30000 two
+30000 74500 now
+'''
 KINETICS = 'label,youtube_id,time_start,time_end,split\n'
-XML = '<r><a><bbox><t>x</t><a>0</a><b>0</b><c>{}</c><d>256</d></bbox></a><a><bbox><t>x</t><a>64</a><b>0</b><c>256</c><d>256</d></bbox></a></r>'
+XML = ('<r><a><bbox><t>x</t><a>0</a><b>0</b><c>{}</c><d>256</d></bbox></a>'
+       '<a><bbox><t>x</t><a>64</a><b>0</b><c>256</c><d>256</d></bbox></a></r>')
 ESC = 'filename,fold,target,category,esc10,src_file,take\n'
 UCF = 'ucfTrainTestlist/'
 HMDB = 'testTrainMulti_7030_splits/'
@@ -22,24 +31,31 @@ HMDB = 'testTrainMulti_7030_splits/'
 def ucf(test, clips):
     "The six lists and the classes for clips 'Class gXX', with those of `test` (a set per split) for testing."
     files = {UCF + 'classInd.txt': '1 Basketball\n2 YoYo\n'}
-    name = lambda c: '{0}/v_{0}_{1}_c01.avi'.format(*c.split())
-    for k in (1, 2, 3):
-        files[f'{UCF}testlist0{k}.txt'] = ''.join(name(c) + '\n' for c in clips if c in test[k - 1])
-        files[f'{UCF}trainlist0{k}.txt'] = ''.join(f"{name(c)} {1 + c.startswith('YoYo')}\r\n" for c in clips if c not in test[k - 1])
+    names = {clip: '{0}/v_{0}_{1}_c01.avi'.format(*clip.split()) for clip in clips}
+    for k, tested in enumerate(test, 1):
+        training = [clip for clip in clips if clip not in tested]
+        files[f'{UCF}testlist0{k}.txt'] = ''.join(f'{names[clip]}\n' for clip in clips if clip in tested)
+        lines = [f"{names[clip]} {1 + clip.startswith('YoYo')}\r\n" for clip in training]
+        files[f'{UCF}trainlist0{k}.txt'] = ''.join(lines)
     return files
 
 
 GOOD = {
-    'kinetics700': {'train.csv': KINETICS + 'singing,abc-_defghi,3,13,train\n', 'val.csv': KINETICS + '"yoga, hot",x1234567890,0,10,val\n'},
+    'kinetics700': {'train.csv': KINETICS + 'singing,abc-_defghi,3,13,train\n',
+                    'val.csv': KINETICS + '"yoga, hot",x1234567890,0,10,val\n'},
     'kinetics_sounds': {'train.csv': KINETICS + 'singing,abc-_defghi,3,13,train\nyoga,x1234567890,0,10,train\n'},
     'avspeech': {'avspeech_train.csv': 'abc,1.5,4.5,0.25,0.5\n', 'avspeech_test.csv': 'def,1,4,0,1\n'},
-    'lrw': {f'lipread_mp4/ABOUT/{s}/ABOUT_00001.{e}': 'Duration: 0.58 seconds\n' for s in ('train', 'val', 'test') for e in ('mp4', 'txt')},
-    'lrs2': {'train.txt': '12/00001\n', 'test.txt': '13/00001 NF\n', 'mvlrs_v1/main/12/00001.txt': 'Text:  IT IS\nConf:  3\n'},
-    'grid': {'s1/bbaf2n.mpg': '', 's1/align/bbaf2n.align': ALIGN}, 'grid_words': {'video/bbaf2n.mp4': '', 'align/bbaf2n.align': ALIGN},
+    'lrw': {f'lipread_mp4/ABOUT/{split}/ABOUT_00001.{ending}': 'Duration: 0.58 seconds\n'
+            for split in ('train', 'val', 'test') for ending in ('mp4', 'txt')},
+    'lrs2': {'train.txt': '12/00001\n', 'test.txt': '13/00001 NF\n',
+             'mvlrs_v1/main/12/00001.txt': 'Text:  IT IS\nConf:  3\n'},
+    'grid': {'s1/bbaf2n.mpg': '', 's1/align/bbaf2n.align': ALIGN},
+    'grid_words': {'video/bbaf2n.mp4': '', 'align/bbaf2n.align': ALIGN},
     'dfdc': {'dfdc_train_part_3/metadata.json': '{"a.mp4": {"label": "FAKE", "split": "train", "original": "b.mp4"}}'},
     'ucf101': ucf([{'YoYo g01'}]*3, ['YoYo g01', 'Basketball g02']),
     'hmdb51': {f'{HMDB}run_test_split{k}.txt': 'Film_run_f_cm_np1_fr_bad_0.avi 1 \n' for k in (1, 2, 3)},
-    'esc50': {'meta/esc50.csv': ESC + '1-5-A-0.wav,1,0,dog,True,5,A\n'}, 'esc10': {'meta/esc50.csv': ESC + '1-5-A-0.ogg,1,0,dog,True,5,A\n'},
+    'esc50': {'meta/esc50.csv': ESC + '1-5-A-0.wav,1,0,dog,True,5,A\n'},
+    'esc10': {'meta/esc50.csv': ESC + '1-5-A-0.ogg,1,0,dog,True,5,A\n'},
     'vggss': {'vggss.json': '[{"file": "abc_000001", "class": "dog", "bbox": [[0, 0, 0.5, 1]]}]'},
     'flickr_soundnet': {'Annotations/12.xml': XML.format(128)}, 'folder': {'a/b.mp4': ''}}
 
@@ -74,7 +90,8 @@ def test_wrong_nesting_and_empty_folders_say_what_was_expected(reader, tmp_path)
     assert 'expected' in str(error.value) or 'no file' in str(error.value)
 
 
-WHOLE = [ # what is wrong with a list as a whole: reader, file to replace, its content (None: remove it), what the message names
+# what is wrong with a list as a whole: reader, file to replace, its content (None: remove it), what the message names
+WHOLE = [
     ('kinetics700', 'train.csv', b'label,\xff\n', r'train\.csv is not UTF-8'),
     ('kinetics700', 'train.csv', 'label,id\nx,y\n', 'lacks youtube_id, time_start, time_end'),
     ('kinetics700', 'train.csv', 'youtube_id,time_start,time_end\na,1,2\n', 'lacks label'),
@@ -102,42 +119,61 @@ def test_a_fault_of_a_whole_list_is_an_error_that_names_it(reader, file, content
         read_catalogue(reader, tmp_path)
 
 
-LINES = [ # one line that is wrong: reader, file to replace, its content (None: remove it), the clip or line, what the problem says
-    ('kinetics700', 'train.csv', KINETICS + 'singing,a,1,2,train\nsinging,b,x,2,train\n', 'train.csv, line 3', 'b has no times'),
+# one line that is wrong: reader, file to replace, its content (None: remove it), the clip or line, the problem
+LINES = [
+    ('kinetics700', 'train.csv', KINETICS + 'singing,a,1,2,train\nsinging,b,x,2,train\n', 'train.csv, line 3',
+     'b has no times'),
     ('kinetics700', 'train.csv', KINETICS + 'singing,a,nan,2,train\n', 'train.csv, line 2', 'a has no times'),
-    ('kinetics700', 'train.csv', KINETICS + 'singing,a,1,2\nsinging,b,1,2,train\n', 'train.csv, line 2', '4 cells where 5 belong'),
-    ('kinetics700', 'train.csv', KINETICS + '"sing"ing,a,1,2,train\nsinging,b,1,2,train\n', 'train.csv, line 2', 'expected after'),
-    ('kinetics_sounds', 'train.csv', KINETICS + 'singing,a,1,2\nsinging,b,1,2,train\n', 'train.csv, line 2', '4 cells where 5 belong'),
-    ('avspeech', 'avspeech_train.csv', 'abc,1.5,4.5,0.25,0.5\nabc,1.5,4.5,0.25\n', 'avspeech_train.csv, line 2', '4 cells where 5 belong'),
+    ('kinetics700', 'train.csv', KINETICS + 'singing,a,1,2\nsinging,b,1,2,train\n', 'train.csv, line 2',
+     '4 cells where 5 belong'),
+    ('kinetics700', 'train.csv', KINETICS + '"sing"ing,a,1,2,train\nsinging,b,1,2,train\n', 'train.csv, line 2',
+     'expected after'),
+    ('kinetics_sounds', 'train.csv', KINETICS + 'singing,a,1,2\nsinging,b,1,2,train\n', 'train.csv, line 2',
+     '4 cells where 5 belong'),
+    ('avspeech', 'avspeech_train.csv', 'abc,1.5,4.5,0.25,0.5\nabc,1.5,4.5,0.25\n', 'avspeech_train.csv, line 2',
+     '4 cells where 5 belong'),
     ('avspeech', 'avspeech_train.csv', 'abc,1.5,4.5,1.25,0.5\n', 'avspeech_train.csv, line 1', 'outside of the frame'),
     ('avspeech', 'avspeech_train.csv', 'abc,one,4.5,0.25,0.5\n', 'avspeech_train.csv, line 1', 'one'),
-    ('lrw', 'lipread_mp4/ABOUT/train/ABOUT_00001.txt', 'Duration: long\n', 'train_ABOUT_00001', 'train/ABOUT_00001.txt has no line like'),
-    ('lrw', 'lipread_mp4/ABOUT/train/ABOUT_00001.txt', None, 'train_ABOUT_00001', 'no file lipread_mp4/ABOUT/train/ABOUT_00001.txt'),
+    ('lrw', 'lipread_mp4/ABOUT/train/ABOUT_00001.txt', 'Duration: long\n', 'train_ABOUT_00001',
+     'train/ABOUT_00001.txt has no line like'),
+    ('lrw', 'lipread_mp4/ABOUT/train/ABOUT_00001.txt', None, 'train_ABOUT_00001',
+     'no file lipread_mp4/ABOUT/train/ABOUT_00001.txt'),
     ('lrs2', 'train.txt', '12/00001\n../00001\n', 'train.txt, line 2', "'../00001' is not <id>/<number>"),
     ('lrs2', 'train.txt', '/etc/passwd\n', 'train.txt, line 1', 'is not <id>/<number>'),
     ('lrs2', 'train.txt', '12/00001 XX\n', 'train.txt, line 1', 'is not <id>/<number>'),
     ('lrs2', 'mvlrs_v1/main/12/00001.txt', 'Conf: 3\n', 'main_12_00001', 'no line that begins with "Text:"'),
-    ('lrs2', 'mvlrs_v1/main/12/00001.txt', 'Text: IT\nWORD START END ASDSCORE\nIT 0.1\n', 'main_12_00001', '00001.txt, line 3'),
+    ('lrs2', 'mvlrs_v1/main/12/00001.txt', 'Text: IT\nWORD START END ASDSCORE\nIT 0.1\n', 'main_12_00001',
+     '00001.txt, line 3'),
     ('grid', 's1/align/bbaf2n.align', '0 5000 sil\n5000 bin\n', 's1_bbaf2n', 's1/align/bbaf2n.align, line 2'),
     ('grid', 's1/align/bbaf2n.align', '0 5000 sil\n', 's1_bbaf2n', 'has no words'),
     ('grid_words', 'align/bbaf2n.align', '0 5000 sil\n', 'bbaf2n', 'has no words'),
-    ('dfdc', 'dfdc_train_part_3/metadata.json', '{"a.mp4": "FAKE"}', 'dfdc_train_part_3/metadata.json, video a.mp4', 'are needed'),
-    ('dfdc', 'dfdc_train_part_3/metadata.json', '{"a.mp4": {"label": "FAKE", "split": "train"}}', 'dfdc_train_part_3/metadata.json, video a.mp4', "'original'"),
-    ('dfdc', 'dfdc_train_part_3/metadata.json', '{"a.mp4": {"label": "MAYBE", "split": "train"}}', 'dfdc_train_part_3/metadata.json, video a.mp4', 'MAYBE'),
-    ('ucf101', UCF + 'classInd.txt', '1 Basketball\n2 YoYo\nthree\n', UCF + 'classInd.txt, line 3', "'three' is no number and class"),
-    ('ucf101', UCF + 'trainlist01.txt', '\n../v_YoYo_g01_c01.avi 2\n', UCF + 'trainlist01.txt, line 2', 'is not <Class>'),
-    ('ucf101', UCF + 'trainlist01.txt', 'YoYo/v_Basketball_g03_c01.avi 2\n', UCF + 'trainlist01.txt, line 1', 'is not <Class>'),
+    ('dfdc', 'dfdc_train_part_3/metadata.json', '{"a.mp4": "FAKE"}', 'dfdc_train_part_3/metadata.json, video a.mp4',
+     'are needed'),
+    ('dfdc', 'dfdc_train_part_3/metadata.json', '{"a.mp4": {"label": "FAKE", "split": "train"}}',
+     'dfdc_train_part_3/metadata.json, video a.mp4', "'original'"),
+    ('dfdc', 'dfdc_train_part_3/metadata.json', '{"a.mp4": {"label": "MAYBE", "split": "train"}}',
+     'dfdc_train_part_3/metadata.json, video a.mp4', 'MAYBE'),
+    ('ucf101', UCF + 'classInd.txt', '1 Basketball\n2 YoYo\nthree\n', UCF + 'classInd.txt, line 3',
+     "'three' is no number and class"),
+    ('ucf101', UCF + 'trainlist01.txt', '\n../v_YoYo_g01_c01.avi 2\n', UCF + 'trainlist01.txt, line 2',
+     'is not <Class>'),
+    ('ucf101', UCF + 'trainlist01.txt', 'YoYo/v_Basketball_g03_c01.avi 2\n', UCF + 'trainlist01.txt, line 1',
+     'is not <Class>'),
     ('ucf101', UCF + 'trainlist01.txt', 'YoYo/v_YoYo_g03_c01.avi 1\n', UCF + 'trainlist01.txt, line 1', 'does not fit'),
-    ('ucf101', UCF + 'trainlist01.txt', 'YoYo/v_YoYo_g01_c01.avi 2\n', 'v_YoYo_g01_c01', 'for training and for testing in split 1'),
-    ('hmdb51', HMDB + 'run_test_split2.txt', 'Film_run_f_cm_np1_fr_bad_0.avi 3\n', HMDB + 'run_test_split2.txt, line 1', '0, 1 or 2'),
+    ('ucf101', UCF + 'trainlist01.txt', 'YoYo/v_YoYo_g01_c01.avi 2\n', 'v_YoYo_g01_c01',
+     'for training and for testing in split 1'),
+    ('hmdb51', HMDB + 'run_test_split2.txt', 'Film_run_f_cm_np1_fr_bad_0.avi 3\n', HMDB + 'run_test_split2.txt, line 1',
+     '0, 1 or 2'),
     ('hmdb51', HMDB + 'run_test_split2.txt', '../../x.avi 1\n', HMDB + 'run_test_split2.txt, line 1', '0, 1 or 2'),
     ('esc50', 'meta/esc50.csv', ESC + 'a.wav,one,0,dog,True,5,A\n', 'meta/esc50.csv, line 2', "'one' is no number"),
     ('esc10', 'meta/esc50.csv', ESC + 'a.wav,1,0\n', 'meta/esc50.csv, line 2', '3 cells where 7 belong'),
-    ('vggss', 'vggss.json', '[{"file": "a", "class": "dog", "bbox": [0, 0, 1, 1]}]', 'vggss.json, item 1', 'are needed'),
+    ('vggss', 'vggss.json', '[{"file": "a", "class": "dog", "bbox": [0, 0, 1, 1]}]', 'vggss.json, item 1',
+     'are needed'),
     ('vggss', 'vggss.json', '[{"file": 7, "class": "dog", "bbox": []}]', 'vggss.json, item 1', 'are needed'),
     ('flickr_soundnet', 'Annotations/12.xml', '<r><a>', '12', 'Annotations/12.xml is no annotation'),
     ('flickr_soundnet', 'Annotations/12.xml', XML.format('wide'), '12', 'Annotations/12.xml is no annotation'),
-    ('folder', 'labels.csv', 'path,split\na/b.mp4,train\na/b.mp4,val\n', 'labels.csv, line 3', 'split is train, validate or test, not val'),
+    ('folder', 'labels.csv', 'path,split\na/b.mp4,train\na/b.mp4,val\n', 'labels.csv, line 3',
+     'split is train, validate or test, not val'),
     ('folder', 'labels.csv', 'path,start,end\na/b.mp4,5,4\n', 'labels.csv, line 2', 'end is not after start'),
     ('folder', 'labels.csv', 'path,start\na/b.mp4,1:30\n', 'labels.csv, line 2', 'start and end are seconds'),
     ('folder', 'labels.csv', 'path,label\n,x\n', 'labels.csv, line 2', 'there is no path')]
@@ -162,23 +198,32 @@ def test_official_lists_with_their_oddities_have_no_problems(tmp_path):
     files = {
         'ucf101': {f'{UCF}{side}list0{k}.txt': '' for side in ('train', 'test') for k in (1, 2, 3)} | {
             UCF + 'classInd.txt': '37 HandstandPushups\r\n38 HandstandWalking\r\n',
-            UCF + 'trainlist01.txt': 'HandstandPushups/v_HandStandPushups_g08_c01.avi 37\r\nHandstandWalking/v_HandstandWalking_g08_c01.avi 38\r\n',
+            UCF + 'trainlist01.txt': 'HandstandPushups/v_HandStandPushups_g08_c01.avi 37\r\n'
+                                     'HandstandWalking/v_HandstandWalking_g08_c01.avi 38\r\n',
             UCF + 'testlist01.txt': 'HandstandPushups/v_HandStandPushups_g01_c01.avi\r\n'},
-        'hmdb51': {f'{HMDB}kick_test_split{k}.txt': '#20_Rhythm_clap_u_nm_np1_fr_goo_0.avi 1 \r\nA_(2009)_[kick]!_&_50%_f_cm_np1_ba_bad_0.avi 2 \r\n' for k in (1, 2, 3)},
+        'hmdb51': {f'{HMDB}kick_test_split{k}.txt': '#20_Rhythm_clap_u_nm_np1_fr_goo_0.avi 1 \r\n'
+                                                    'A_(2009)_[kick]!_&_50%_f_cm_np1_ba_bad_0.avi 2 \r\n'
+                   for k in (1, 2, 3)},
         'lrs2': {'train.txt': '5535415699068794046/00001\n', 'val.txt': '6329000000000000000/00001\n',
                  'test.txt': '6330311066473698535/00011 NF\n6330311066473698535/00025 MV\n'},
-        'kinetics700': {'train.csv': KINETICS + 'testifying,---QUuC4vJs,84,94,train\n"baking cookies",-0WZKTu0xFk,116,126,train\n',
+        'kinetics700': {'train.csv': KINETICS
+                        + 'testifying,---QUuC4vJs,84,94,train\n"baking cookies",-0WZKTu0xFk,116,126,train\n',
                         'test.csv': 'youtube_id,time_start,time_end,split\n--6bJUbfpnQ,17,27,test\n'},
-        'avspeech': {'avspeech_train.csv': 'PmD-LzPS2rg,282.5823,285.5853,0.371875,0.425\n01qWxISqaHg,87,90,0.46875,0.303977\n'},
-        'dfdc': {'dfdc_train_part_0/metadata.json': '{"aagfhgtpmv.mp4":{"label":"FAKE","split":"train","original":"vudstovrck.mp4"},'
-                                                    '"abarnvbtwb.mp4":{"label":"REAL","split":"train","original":null}}'},
-        'vggss': {'vggss.json': '[{"file": "zpWuikVorYg_000032", "class": "elk bugling", "bbox": [[0.4, 0.9, 0.7, -2.9e16], [0, 0.4, 1.1, 1]]}]'},
-        'flickr_soundnet': {'Annotations/10000130166.xml': XML.format(128), 'flickr_test.csv': '10000130166,202\r\n10007936344,0\r\n'}}
+        'avspeech': {'avspeech_train.csv': 'PmD-LzPS2rg,282.5823,285.5853,0.371875,0.425\n'
+                                           '01qWxISqaHg,87,90,0.46875,0.303977\n'},
+        'dfdc': {'dfdc_train_part_0/metadata.json':
+                 '{"aagfhgtpmv.mp4":{"label":"FAKE","split":"train","original":"vudstovrck.mp4"},'
+                 '"abarnvbtwb.mp4":{"label":"REAL","split":"train","original":null}}'},
+        'vggss': {'vggss.json': '[{"file": "zpWuikVorYg_000032", "class": "elk bugling", '
+                                '"bbox": [[0.4, 0.9, 0.7, -2.9e16], [0, 0.4, 1.1, 1]]}]'},
+        'flickr_soundnet': {'Annotations/10000130166.xml': XML.format(128),
+                            'flickr_test.csv': '10000130166,202\r\n10007936344,0\r\n'}}
     for reader, lists in files.items():
         table = read_catalogue(reader, put(tmp_path/reader, lists))
         assert table.problem.isna().all(), (reader, table.problem.dropna().tolist())
     pushups = read_catalogue('ucf101', tmp_path/'ucf101').set_index('clip').loc['v_HandStandPushups_g08_c01']
-    assert (pushups.path, pushups.label) == ('UCF-101/HandstandPushups/v_HandStandPushups_g08_c01.avi', 'HandstandPushups')
+    assert (pushups.path, pushups.label) == ('UCF-101/HandstandPushups/v_HandStandPushups_g08_c01.avi',
+                                             'HandstandPushups')
     assert read_catalogue('lrs2', tmp_path/'lrs2').split.tolist() == ['train', 'validate', 'test', 'test']
 
 
@@ -203,7 +248,8 @@ def test_a_path_that_leads_outside_stays_recognisable(reader, file, content, tmp
 
 
 def test_clip_names_are_files_and_differ(tmp_path):
-    names = ['a', 'a/b', 'a%2Fb', 'a\\b', '.a', '..', '.', 'ü', 'ü'*200, 'ü'*201, 'a\0b', 'a\nb', 'x'*300, 'con:1', '\udcff.mp4']
+    names = ['a', 'a/b', 'a%2Fb', 'a\\b', '.a', '..', '.', 'ü', 'ü'*200, 'ü'*201, 'a\0b', 'a\nb', 'x'*300, 'con:1',
+             '\udcff.mp4']
     for name in names:
         (tmp_path/clip_name(name)).touch()
     assert len(list(tmp_path.iterdir())) == len(names)
@@ -224,7 +270,8 @@ def test_ucf_lists_give_the_written_splits(tmp_path):
 @pytest.mark.parametrize('base', ['', 'hmdb51_org/', 'videos/'])
 def test_hmdb_lists_give_the_written_splits(base, tmp_path):
     names = ['#122_ Kate_brush_hair_f_nm_np1_ba_goo_2.avi', 'A_(b)_brush_hair_u_cm_np2_le_med_6.avi']
-    put(tmp_path, {f'{HMDB}brush_hair_test_split{k}.txt': f'{names[0]} {a}\n{names[1]} {b} \n' for k, a, b in [(1, 1, 0), (2, 2, 1), (3, 0, 2)]})
+    for k, a, b in [(1, 1, 0), (2, 2, 1), (3, 0, 2)]:
+        put(tmp_path, {f'{HMDB}brush_hair_test_split{k}.txt': f'{names[0]} {a}\n{names[1]} {b} \n'})
     put(tmp_path, {f'{base}brush_hair/{name}': '' for name in names})
     table = read_catalogue('hmdb51', tmp_path)
     assert table.splits.tolist() == [['train', 'test', 'unused'], ['unused', 'train', 'test']]
@@ -240,7 +287,8 @@ def test_lrw_word_stands_in_the_middle(tmp_path):
 
 
 def test_lrs2_lists_may_name_clips_that_are_not_there(tmp_path):
-    files = GOOD['lrs2'] | {'pretrain.txt': '12/00001\n', 'mvlrs_v1/pretrain/12/00001.txt': 'Text:  GO ON\n\nWORD START END ASDSCORE\nGO 0 1 2\nON 1 2.5 3\n'}
+    spoken = 'Text:  GO ON\n\nWORD START END ASDSCORE\nGO 0 1 2\nON 1 2.5 3\n'
+    files = GOOD['lrs2'] | {'pretrain.txt': '12/00001\n', 'mvlrs_v1/pretrain/12/00001.txt': spoken}
     table = read_catalogue('lrs2', put(tmp_path, files))
     assert table.path.tolist() == [f'mvlrs_v1/{p}.mp4' for p in ('pretrain/12/00001', 'main/12/00001', 'main/13/00001')]
     assert table.text.tolist() == ['GO ON', 'IT IS', None] and table.words[0] == [['GO', 0, 1], ['ON', 1, 2.5]]
@@ -256,7 +304,8 @@ def grid_files(clips):
 def test_grid_split_does_not_depend_on_the_other_files(tmp_path):
     clips = [f'{i:06d}' for i in range(300)]
     everything = read_catalogue('grid', put(tmp_path/'all', grid_files(clips))).set_index('clip').split
-    few = read_catalogue('grid', put(tmp_path/'few', grid_files(random.Random(1).sample(clips, 40)))).set_index('clip').split
+    chosen = random.Random(1).sample(clips, 40)
+    few = read_catalogue('grid', put(tmp_path/'few', grid_files(chosen))).set_index('clip').split
     assert (everything[few.index] == few).all()
     counts = everything.value_counts()
     assert 210 <= counts['train'] <= 270 and min(counts['validate'], counts['test']) >= 15
@@ -276,7 +325,9 @@ def test_grid_words_lie_in_their_windows(tmp_path):
     spoken = [[int(s)/25000, int(e)/25000] for s, e, w in lines if w not in ('sil', 'sp')]
     for row, (s, e) in zip(words.itertuples(), spoken):
         assert 0 <= row.start and row.end <= 74500/25000 and row.end - row.start == pytest.approx(1.16)
-        assert row.start + row.words[0][1] == pytest.approx(max(s, row.start)) and row.start + row.words[0][2] == pytest.approx(min(e, row.end))
+        _, begin, end = row.words[0]
+        assert row.start + begin == pytest.approx(max(s, row.start))
+        assert row.start + end == pytest.approx(min(e, row.end))
     assert word_window(['x', 0.2, 0.4], (0.1, 0.9)) == (0.1, 1.26)
 
 
@@ -289,15 +340,18 @@ def test_both_official_grid_layouts(tmp_path):
 
 
 def test_own_dfdc_lists_override(tmp_path):
-    meta = {c: dict(label='REAL', split='train') for c in ('a.mp4', 'b.mp4', 'c.mp4')} | {'f.mp4': dict(label='FAKE', split='train', original='a.mp4')}
-    put(tmp_path, {'dfdc_train_part_3/metadata.json': json.dumps(meta), 'validate.txt': 'b.mp4\nnot_there.mp4\n', 'test.txt': 'dfdc_train_part_3/f.mp4\n'})
+    meta = {clip: dict(label='REAL', split='train') for clip in ('a.mp4', 'b.mp4', 'c.mp4')}
+    meta['f.mp4'] = dict(label='FAKE', split='train', original='a.mp4')
+    lists = {'validate.txt': 'b.mp4\nnot_there.mp4\n', 'test.txt': 'dfdc_train_part_3/f.mp4\n'}
+    put(tmp_path, {'dfdc_train_part_3/metadata.json': json.dumps(meta)} | lists)
     table = read_catalogue('dfdc', tmp_path)
     assert table.split.tolist() == ['train', 'validate', 'train', 'test']
     assert leaks(table)[['group', 'sides']].values.tolist() == [['a.mp4', ['test', 'train']]]
     put(tmp_path, {'train.txt': 'c.mp4\n'})
     assert read_catalogue('dfdc', tmp_path).split.tolist() == [None, 'validate', 'train', 'test']
     put(tmp_path, {'train.txt': 'c.mp4\nb.mp4\n'})
-    assert read_catalogue('dfdc', tmp_path).problem.tolist() == [None, 'b.mp4 is in train.txt and in validate.txt', None, None]
+    problems = read_catalogue('dfdc', tmp_path).problem.tolist()
+    assert problems == [None, 'b.mp4 is in train.txt and in validate.txt', None, None]
 
 
 def test_flickr_boxes_of_all_annotators_make_the_published_map(tmp_path):
@@ -327,9 +381,11 @@ def test_training_order_depends_on_the_clips_alone(tmp_path):
 
 
 def test_what_counts_as_training_material(tmp_path):
-    lrs2 = read_catalogue('lrs2', put(tmp_path/'lrs2', {'pretrain.txt': '1/1\n', 'train.txt': '2/1\n', 'val.txt': '3/1\n', 'test.txt': '4/1 NF\n'}))
+    lists = {'pretrain.txt': '1/1\n', 'train.txt': '2/1\n', 'val.txt': '3/1\n', 'test.txt': '4/1 NF\n'}
+    lrs2 = read_catalogue('lrs2', put(tmp_path/'lrs2', lists))
     assert set(training_order(lrs2).split) == {'pretrain', 'train'}
     meta = {c: dict(label='REAL', split='train') for c in ('a.mp4', 'b.mp4')}
-    dfdc = read_catalogue('dfdc', put(tmp_path/'dfdc', {'dfdc_train_part_3/metadata.json': json.dumps(meta), 'train.txt': 'a.mp4\n'}))
+    lists = {'dfdc_train_part_3/metadata.json': json.dumps(meta), 'train.txt': 'a.mp4\n'}
+    dfdc = read_catalogue('dfdc', put(tmp_path/'dfdc', lists))
     assert training_order(dfdc)['clip'].tolist() == ['dfdc_train_part_3_a'] # the user's list leaves the other out
     assert len(training_order(read_catalogue('esc50', put(tmp_path/'esc50', GOOD['esc50'])))) == 1 # folds, no split

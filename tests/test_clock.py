@@ -1,4 +1,4 @@
-"""Films with odd clocks, odd streams and odd names: flash and beep meet, or the file is refused for the right reason."""
+"""Films with odd clocks, streams and names: flash and beep meet, or the file is refused for the right reason."""
 import struct
 from contextlib import contextmanager
 from fractions import Fraction
@@ -126,7 +126,8 @@ def test_a_recording_that_begins_between_key_frames(tmp_path):
 
 def test_leading_pictures_of_an_open_group_are_dropped(tmp_path):
     group = {'x264-params': 'open-gop=1:bframes=3:keyint=20:min-keyint=20:scenecut=0'}
-    with av.open(str(film(tmp_path/'whole.mkv', options=group))) as source, av.open(str(tmp_path/'cut.mkv'), 'w') as out:
+    film(tmp_path/'whole.mkv', options=group)
+    with av.open(str(tmp_path/'whole.mkv')) as source, av.open(str(tmp_path/'cut.mkv'), 'w') as out:
         streams = {stream: out.add_stream_from_template(stream) for stream in source.streams}
         keys = 0
         for packet in source.demux():
@@ -161,9 +162,10 @@ def test_damage_in_the_middle_is_refused(tmp_path):
         read_recording(tmp_path/'film.mkv', 10, 64, 24000)
 
 
-def still(path, seconds, count):
-    "So many pictures, each shown for so long, over a tone."
-    waveform = np.tile(tone(), -(-seconds*count//4))[:seconds*count*RATE]
+def still(path, seconds, count, heard=None):
+    "So many pictures, each shown for so long, over a tone (of `heard` seconds)."
+    heard = heard or seconds*count
+    waveform = np.tile(tone(), -(-heard//4))[:heard*RATE]
     sound = av.AudioFrame.from_ndarray(np.ascontiguousarray(waveform[None]), format='fltp', layout='mono')
     with av.open(str(path), 'w') as container:
         video = container.add_stream('libx264', rate=Fraction(1, seconds))
@@ -179,10 +181,18 @@ def still(path, seconds, count):
 
 
 @pytest.mark.parametrize('suffix', ['mp4', 'mkv'])
-@pytest.mark.parametrize('seconds,count', [(4, 1), (12, 2)])
+# of three and more, the second one that is stored is not shown second
+@pytest.mark.parametrize('seconds,count', [(4, 1), (5, 3), (12, 2), (15, 5), (40, 1)])
 def test_a_still_lasts_as_long_as_the_file_says(tmp_path, suffix, seconds, count):
     recording = read_recording(still(tmp_path/f'still.{suffix}', seconds, count), 10, 32, 24000)
     assert abs(len(recording.planes) - 10*seconds*count) <= 2
+    assert len(set(recording.planes[:, 2, 2].tolist())) == count # each is shown
+
+
+def test_stills_may_end_before_the_sound(tmp_path):
+    "Matroska states one length for all streams."
+    recording = read_recording(still(tmp_path/'still.mkv', 5, 2, heard=15), 10, 32, 24000)
+    assert abs(len(recording.planes) - 100) <= 2 and abs(len(recording.waveform)/24000 - 15) < 0.1
 
 
 @pytest.mark.parametrize('promised', [1.0, 100.0])

@@ -12,7 +12,8 @@ from glcm.data.damage import Rejection
 from glcm.data.video import read_recording, write_video
 
 RATE, SECONDS = 24000, 3
-BEEP = np.where(np.arange(SECONDS*RATE)//2400 == 10, 0.5*np.sin(np.arange(SECONDS*RATE)*0.3), 0).astype(np.float32) # from 1.0 to 1.1 s
+SAMPLES = np.arange(SECONDS*RATE)
+BEEP = np.where(SAMPLES//2400 == 10, 0.5*np.sin(SAMPLES*0.3), 0).astype(np.float32) # from 1.0 to 1.1 s
 
 
 def wav(whole=None, data=None, tail=b''):
@@ -30,10 +31,14 @@ def wav(whole=None, data=None, tail=b''):
 
 
 LENGTH = len(wav())
-ODD_LENGTHS = {'whole counts its own head': wav(LENGTH), 'whole too long': wav(LENGTH + 500), 'arecord': wav(0x80000024, 0x80000000),
-               'sox': wav(0x7FFFF024, 0x7FFFF000), 'two gigabytes': wav(0x7FFFFFFF, 0x7FFFFFDB), 'ffmpeg': wav(0xFFFFFFFF, 0xFFFFFFFF),
-               'mplayer': wav(0x7FFFFFFF, 0xFFFFFFFF - 36), 'never filled in': wav(0, 0), 'data never filled in': wav(data=0),
-               'data counts the head': wav(data=LENGTH), 'no pad byte': wav(tail=b'LIST' + struct.pack('<I', 5) + b'INFOx'),
+ODD_LENGTHS = {'whole counts its own head': wav(LENGTH), 'whole too long': wav(LENGTH + 500),
+               'arecord': wav(0x80000024, 0x80000000),
+               'sox': wav(0x7FFFF024, 0x7FFFF000), 'two gigabytes': wav(0x7FFFFFFF, 0x7FFFFFDB),
+               'ffmpeg': wav(0xFFFFFFFF, 0xFFFFFFFF),
+               'mplayer': wav(0x7FFFFFFF, 0xFFFFFFFF - 36), 'never filled in': wav(0, 0),
+               'data never filled in': wav(data=0),
+               'data counts the head': wav(data=LENGTH),
+               'no pad byte': wav(tail=b'LIST' + struct.pack('<I', 5) + b'INFOx'),
                'tag cut off': wav(tail=b'LIST' + struct.pack('<I', 500) + b'INFOx'), 'ends in a sample': wav(0, 0)[:-1]}
 
 
@@ -55,14 +60,17 @@ def big(kind):
     samples = (32767*BEEP).astype('<i2').tobytes()
     fmt = struct.pack('<HHIIHH', 1, 1, RATE, 2*RATE, 2, 16)
     if kind == 'rf64':
-        return (b'RF64\xff\xff\xff\xffWAVEds64' + struct.pack('<IQQQI', 28, 72 + len(samples), len(samples), len(samples)//2, 0)
+        return (b'RF64\xff\xff\xff\xffWAVEds64'
+                + struct.pack('<IQQQI', 28, 72 + len(samples), len(samples), len(samples)//2, 0)
                 + b'fmt ' + struct.pack('<I', 16) + fmt + b'data\xff\xff\xff\xff' + samples)
     if kind == 'w64':
         guid = lambda name: name + bytes.fromhex('f3acd3118cd100c04f8edb8a')
         riff = b'riff' + bytes.fromhex('2e91cf11a5d628db04c10000')
-        return (riff + struct.pack('<Q', 104 + len(samples)) + guid(b'wave') + guid(b'fmt ') + struct.pack('<Q', 40) + fmt
+        return (riff + struct.pack('<Q', 104 + len(samples)) + guid(b'wave') + guid(b'fmt ') + struct.pack('<Q', 40)
+                + fmt
                 + guid(b'data') + struct.pack('<Q', 24 + len(samples)) + samples)
-    return (b'caff\0\1\0\0desc' + struct.pack('>qd4s5I', 32, RATE, b'lpcm', 2, 2, 1, 1, 16) + b'data' + struct.pack('>qI', 4 + len(samples), 0) + samples)
+    return (b'caff\0\1\0\0desc' + struct.pack('>qd4s5I', 32, RATE, b'lpcm', 2, 2, 1, 1, 16) + b'data'
+            + struct.pack('>qI', 4 + len(samples), 0) + samples)
 
 
 @pytest.mark.parametrize('kind', ['rf64', 'w64', 'caf'])
@@ -92,13 +100,15 @@ def encoded(path, codec, container=None, tags=None):
         stream = out.add_stream(codec, rate=RATE, layout=layout, options=dict(strict='-2'))
         frame = av.AudioFrame.from_ndarray(BEEP[None], 'fltp', 'mono')
         frame.sample_rate = RATE
-        resampler = av.AudioResampler(format=stream.format.name, layout=layout, rate=stream.rate, frame_size=stream.frame_size)
+        resampler = av.AudioResampler(format=stream.format.name, layout=layout, rate=stream.rate,
+                                      frame_size=stream.frame_size)
         time = 0
         for piece in (*resampler.resample(frame), *resampler.resample(None)):
             piece.pts, piece.time_base = time, Fraction(1, stream.rate)
             time += piece.samples
             out.mux(stream.encode(piece))
-        out.mux([packet for packet in stream.encode(None) if packet.pts is not None]) # FLAC ends with one that holds nothing
+        last = stream.encode(None) # FLAC ends with a packet that holds nothing
+        out.mux([packet for packet in last if packet.pts is not None])
     return path.read_bytes()
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from glcm.core import InputError
 from glcm.data import faces
-from glcm.data.faces import (EYES_AND_NOSE, LIP_CORNERS, MEAN_FACE, align_crop, crop_matrices, face_track_crops, faces_installed,
-                             fill_gaps, landmarks, moved, similarity, smooth, warp)
+from glcm.data.faces import (EYES_AND_NOSE, LIP_CORNERS, MEAN_FACE, align_crop, crop_matrices, face_track_crops,
+                             faces_installed, fill_gaps, landmarks, moved, similarity, smooth, warp)
 from glcm.data.audio import AudioConfig
 from glcm.data.damage import Rejection
 from glcm.data.planes import from_rgb
@@ -20,8 +20,8 @@ from glcm.data.video import read_recording
 
 GRID = Path(__file__).resolve().parents[2]/'shared'/'data'/'grid'
 dlib = pytest.mark.skipif(not faces_installed(), reason="dlib is not installed: pip install 'glcm[faces]'")
-real = pytest.mark.skipif(not (GRID.is_dir() and faces_installed()),
-                          reason="no GRID beside the repository (../shared/data/grid), or no dlib: pip install 'glcm[faces]'")
+ABSENT = "no GRID beside the repository (../shared/data/grid), or no dlib: pip install 'glcm[faces]'"
+real = pytest.mark.skipif(not (GRID.is_dir() and faces_installed()), reason=ABSENT)
 
 
 def turned(degrees, scale, shift):
@@ -30,10 +30,17 @@ def turned(degrees, scale, shift):
     return np.column_stack([scale*np.array([[c, -s], [s, c]]), shift])
 
 
+def lip_corners(points):
+    "The corners of the mouth, and how far they are apart."
+    corners = points[:, LIP_CORNERS]
+    return corners, np.linalg.norm(corners[:, 1] - corners[:, 0], axis=-1)
+
+
 @pytest.fixture(scope='module')
 def clips():
     "Some recordings of GRID."
-    return [read_recording(path, 10, 288, 24000) for path in sorted((GRID/'video').glob('*.mp4'))[40::200]]
+    paths = sorted((GRID/'video').glob('*.mp4'))[40::200]
+    return [read_recording(path, 10, 288, 24000) for path in paths]
 
 
 # Known by construction
@@ -41,7 +48,10 @@ def clips():
 @pytest.mark.parametrize('part', [EYES_AND_NOSE, range(68)], ids=['three points', 'all points'])
 def test_known_transforms_are_recovered(part):
     rng = np.random.default_rng(0)
-    truth = np.stack([turned(rng.uniform(-180, 180), np.exp(rng.uniform(-4, 4)), rng.normal(0, 300, 2)) for _ in range(100)])
+    truth = np.empty((100, 2, 3))
+    for matrix in truth:
+        degrees, scale, shift = rng.uniform(-180, 180), np.exp(rng.uniform(-4, 4)), rng.normal(0, 300, 2)
+        matrix[:] = turned(degrees, scale, shift)
     placed = moved(MEAN_FACE[part], truth)
     for matrix, points in zip(truth, placed):
         np.testing.assert_allclose(similarity(MEAN_FACE[part], points), matrix, rtol=1e-6, atol=1e-6)
@@ -94,15 +104,18 @@ def test_lips_lie_in_the_middle_and_fill_a_third_of_what_is_seen(degrees, size, 
     "White dots at the corners of the mouth, measured in the crop."
     placed = np.stack([moved(MEAN_FACE, turned(degrees, 120, (200, 200)))]*3)
     y, x = np.indices((400, 400))
-    dot = lambda p: 255*np.exp(-((x - p[0])**2 + (y - p[1])**2)/8)
-    frame = sum(dot(placed[0, corner]) for corner in LIP_CORNERS)
-    crops = align_crop(np.repeat(frame[None, :, :, None], 3, 3).repeat(3, 0).astype(np.uint8), placed, 'lips', size, seen=seen)
-    weight = crops[0, :, :, 0].astype(float)
-    columns = np.arange(size)
-    left, right = [(weight[:, half].sum(0)*columns[half]).sum()/weight[:, half].sum() for half in (slice(0, size//2), slice(size//2, size))]
-    height = (weight.sum(1)*columns).sum()/weight.sum()
+    frame = np.zeros((400, 400))
+    for dot_x, dot_y in placed[0, LIP_CORNERS]:
+        frame += 255*np.exp(-((x - dot_x)**2 + (y - dot_y)**2)/8)
+    frames = np.broadcast_to(frame[None, :, :, None], (3, 400, 400, 3)).astype(np.uint8)
+    crops = align_crop(frames, placed, 'lips', size, seen=seen)
     assert crops.shape == (3, size, size, 3) and crops.dtype == np.uint8
-    np.testing.assert_allclose([right - left, (left + right)/2, height], [(seen or size)/3, (size - 1)/2, (size - 1)/2], atol=0.3)
+    weight, places = crops[0, :, :, 0].astype(float), np.arange(size)
+    left = np.average(places[:size//2], weights=weight[:, :size//2].sum(0))
+    right = np.average(places[size//2:], weights=weight[:, size//2:].sum(0))
+    height = np.average(places, weights=weight.sum(1))
+    middle = (size - 1)/2
+    np.testing.assert_allclose([right - left, (left + right)/2, height], [(seen or size)/3, middle, middle], atol=0.3)
 
 
 def test_a_face_with_its_margin_fills_what_is_seen():
@@ -125,13 +138,17 @@ def test_crops_beyond_the_border_and_wrong_arguments():
 
 @pytest.fixture
 def looked(monkeypatch):
-    "Bright frames show a face that walks to the right, black ones none; returns the list of the frames that were looked at."
+    "Bright frames show a face that walks to the right, black ones none; returns the frames that were looked at."
     times = []
     def detect(frame, short_side):
-        times.append(int(frame[0, 0, 0]))
-        return np.array([[t := float(frame[0, 0, 1]), 50, t + 100, 150]])[:int(frame[0, 0, 2] > 0)]
+        number, left, is_bright = frame[0, 0].tolist()
+        times.append(number)
+        square = [left, 50., left + 100, 150.]
+        return np.array([square] if is_bright else []).reshape(-1, 4)
+    def predict(frame, box):
+        return box[:2] + MEAN_FACE*(box[2:] - box[:2])
     monkeypatch.setattr(faces, 'detect_faces', detect)
-    monkeypatch.setattr(faces, 'predict_landmarks', lambda frame, box: box[:2] + MEAN_FACE*(box[2:] - box[:2]))
+    monkeypatch.setattr(faces, 'predict_landmarks', predict)
     return times
 
 
@@ -193,8 +210,9 @@ def test_lips_of_real_faces_fill_a_third_of_the_crop(clips):
     for clip in clips:
         matrices = crop_matrices(landmarks(clip.frames), 'lips', 112, 0)
         matrices[..., 2] += 112
-        corners = landmarks(warp(clip.frames, matrices, 336), short_side=336, every=1, smoothing=0)[:, LIP_CORNERS] - 112
-        assert abs(np.median(np.linalg.norm(corners[:, 1] - corners[:, 0], axis=-1))/112 - 1/3) < 0.02
+        canvas = warp(clip.frames, matrices, 336)
+        corners, widths = lip_corners(landmarks(canvas, short_side=336, every=1, smoothing=0) - 112)
+        assert abs(np.median(widths)/112 - 1/3) < 0.02
         assert np.abs(corners.mean(1) - 55.5).max() < 0.04*112
 
 
@@ -202,26 +220,33 @@ def test_lips_of_real_faces_fill_a_third_of_the_crop(clips):
 def test_stored_lips_fill_a_third_of_what_the_network_sees():
     "The whole way from a file to what is stored: its middle is the crop of that size, in which lips fill a third."
     path = sorted((GRID/'video').glob('*.mp4'))[40]
-    settings = Settings(ClipConfig(25, 128, 0.1, crop='lips'), AudioConfig(24000, 80, 1024, 240), StoreConfig('raw', 22, 16), 16, False, seen=112)
+    settings = Settings(ClipConfig(25, 128, 0.1, crop='lips'), AudioConfig(24000, 80, 1024, 240),
+                        StoreConfig('raw', 22, 16), min_frames=16, sound_only=False, seen=112)
     members, entries = encode_clip(path, settings)
-    stored = np.frombuffer(b''.join(members['i420']), np.uint8).reshape(entries['steps'], 192, 128)[:, 8:120, 8:120].astype(float)
+    planes = np.frombuffer(b''.join(members['i420']), np.uint8).reshape(entries['steps'], 192, 128)
+    stored = planes[:, 8:120, 8:120].astype(float)
     recording = read_recording(path, 25, 288, 24000)
     points = landmarks(recording.frames, recording.waveform, 24000, 25)
-    corners = moved(points[:, LIP_CORNERS], crop_matrices(points, 'lips', 112, 0))
-    assert abs(np.median(np.linalg.norm(corners[:, 1] - corners[:, 0], axis=-1))/112 - 1/3) < 1e-3
+    _, widths = lip_corners(moved(points, crop_matrices(points, 'lips', 112, 0)))
+    assert abs(np.median(widths)/112 - 1/3) < 1e-3
     expected = from_rgb(align_crop(recording.frames, points, 'lips', 112))[:entries['steps'], :112]
     assert np.abs(stored - expected).mean() < 1.5
 
 
 @real
 def test_a_turned_recording_gives_the_same_crops(clips):
-    frames = clips[0].frames
-    still, leaning = (warp(frames, np.stack([turned(a, 1, np.array([143.5]*2) - turned(a, 1, (0, 0))[:, :2] @ [179.5, 143.5])]*30), 288)
-                      for a in (0, 15))
+    def leaned(degrees):
+        turn = turned(degrees, 1, (0, 0))
+        turn[:, 2] = 143.5 - turn[:, :2] @ [179.5, 143.5] # the middle of the frame goes to the middle of the crop
+        return warp(clips[0].frames, np.stack([turn]*30), 288)
+
+    def apart(a, b): return np.abs(a.astype(float) - b).mean()
+
+    still, leaning = leaned(0), leaned(15)
+    unaligned = apart(still[:, 116:172, 116:172], leaning[:, 116:172, 116:172])
     for kind in ('lips', 'face'):
-        a, b = (align_crop(f, landmarks(f), kind, 112)[:, 28:84, 28:84].astype(float) for f in (still, leaning))
-        unaligned = np.abs(still[:, 116:172, 116:172].astype(float) - leaning[:, 116:172, 116:172]).mean()
-        assert np.abs(a - b).mean() < 0.6*unaligned, kind
+        a, b = (align_crop(frames, landmarks(frames), kind, 112)[:, 28:84, 28:84] for frames in (still, leaning))
+        assert apart(a, b) < 0.6*unaligned, kind
 
 
 @real

@@ -1,4 +1,4 @@
-"""Killed runs, decoders that crash or hang, a cluster instead of one machine: nothing is lost, and the bytes are the same."""
+"""Killed runs, decoders that crash or hang, a cluster instead of one machine: nothing is lost, nothing differs."""
 import os
 import queue
 import shutil
@@ -7,8 +7,10 @@ import subprocess
 import sys
 import threading
 import time
+import wave
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import pytest
 
@@ -16,7 +18,7 @@ import glcm.data.preprocess as preprocessing
 from glcm.core import InputError
 from glcm.data import workers
 from glcm.data.audio import AudioConfig
-from glcm.data.clip import ClipConfig, Settings
+from glcm.data.clip import ClipConfig, Settings, encode_clip
 from glcm.data.damage import Rejection
 from glcm.data.preprocess import preprocess
 from glcm.data.shards import ClipStore, StoreConfig
@@ -192,7 +194,7 @@ def test_file_that_hangs_is_rejected_and_the_rest_used(kinetics, tmp_path, monke
 
 def test_longer_time_limit_gives_files_another_chance(kinetics, tmp_path):
     table, out = read_catalogue('kinetics700', kinetics).head(6), tmp_path/'out'
-    said = '6 x takes too long.* more than 1e-06 s of computing, as preprocess.time_limit says'
+    said = '6 x takes too long.* more than 1e-06 s of computing for each minute of it, as preprocess.time_limit says'
     with pytest.raises(InputError, match=said):
         run_on(kinetics, out, table=table, time_limit=1e-6)
     rejected = run_on(kinetics, out, table=table, time_limit=60.0)
@@ -273,3 +275,19 @@ def test_cluster_that_does_not_answer_is_named(kinetics, tmp_path, monkeypatch):
     said = 'no Dask cluster answers at preprocess.executor = .tcp://127.0.0.1:9'
     with pytest.raises(InputError, match=said):
         run_on(kinetics, tmp_path/'out', executor='tcp://127.0.0.1:9')
+
+
+def test_long_files_may_take_longer(tmp_path):
+    "Ten minutes of sound get ten times the limit, a span of its first minute only one."
+    with wave.open(str(tmp_path/'long.wav'), 'wb') as file:
+        file.setparams((1, 2, 8000, 0, 'NONE', ''))
+        file.writeframes(np.random.default_rng(0).integers(-9000, 9000, 600*8000).astype('<i2').tobytes())
+    settings = Settings(ClipConfig(10, 64, 0.0), AUDIO, STORE, min_frames=10, sound_only=True)
+    began = time.process_time()
+    expected = encode_clip(tmp_path/'long.wav', settings)
+    cost = time.process_time() - began
+    decoder = Decoder()
+    assert decoder.encode(tmp_path/'long.wav', settings, None, None, cost/4) == expected
+    for end, limit in ((None, cost/50), (60, cost/200)):
+        with pytest.raises(Rejection, match='takes too long.*for each minute of it'):
+            decoder.encode(tmp_path/'long.wav', settings, None, end, limit)

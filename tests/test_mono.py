@@ -6,8 +6,9 @@ import av
 import numpy as np
 import pytest
 
-from glcm.data.mono import MonoResampler, mono
+from glcm.data.mono import Downmix, sides_of
 from glcm.data.video import read_recording
+from glcm.data.waveform import Sound
 
 RATE = 48000
 TONE = 0.5*np.sin(np.arange(RATE)*2*np.pi*500/RATE)
@@ -23,6 +24,14 @@ def wav(path, channels):
 def decoded(path):
     with av.open(str(path)) as container:
         return list(container.decode(audio=0))
+
+
+def mono(frames):
+    "As the reader does it: the mean of the sides, or the louder one where they cancel."
+    downmix = Downmix()
+    waveform = downmix.mono(frames)
+    side = downmix.audible_side
+    return waveform if side is None else Downmix(side).mono(frames)
 
 
 def level(waveform):
@@ -41,24 +50,48 @@ def test_a_side_that_cancels_the_other_does_not_silence_it(tmp_path, factors, ex
 def test_sides_of_a_surround_film_may_cancel_too(tmp_path):
     silent = 0*TONE
     for channels in ([TONE, -TONE, silent, silent, silent, silent], [silent, silent, silent, silent, TONE, -TONE]):
-        assert level(mono(decoded(wav(tmp_path/'a.wav', channels)), 24000)) > 0.1
+        assert level(mono(decoded(wav(tmp_path/'a.wav', channels)))) > 0.1
+
+
+def film(path, *parts):
+    "Half a minute of each pair of factors, left and right, one after the other."
+    sides = [np.concatenate([np.tile(factors[side]*TONE, 30) for factors in parts]) for side in (0, 1)]
+    return wav(path, sides)
+
+
+def levels(waveform, rate=24000, seconds=30):
+    return [level(waveform[start:start + seconds*rate]) for start in range(0, len(waveform), seconds*rate)]
 
 
 def test_it_is_decided_for_the_whole_film(tmp_path):
-    "A minute of opposed sides in front of a louder one of equal sides stays the mean: the sound does not change in the middle."
-    film = MonoResampler(24000)
-    for sides in ([0.5*TONE, -0.5*TONE], [TONE, TONE]):
-        film.begin()
-        for frame in decoded(wav(tmp_path/'a.wav', sides)):
-            film.add(frame)
-    opposed, equal = film.finish()
-    assert level(opposed) < 0.01 and abs(level(equal) - 0.5) < 0.01
+    "Opposed sides beside louder ones that are equal stay the mean: the sound does not change in the middle."
+    path = film(tmp_path/'a.wav', (0.5, -0.5), (1, 1), (0.5, -0.5))
+    np.testing.assert_allclose(levels(read_recording(path, None, None, 24000).waveform), [0, 0.5, 0], atol=0.01)
+
+
+def test_a_short_part_that_is_equal_does_not_change_the_rest(tmp_path):
+    "The louder side is kept, where it cancels and where it does not."
+    path = film(tmp_path/'a.wav', (0.9, -1), (0.1, 0.1), (0.9, -1))
+    np.testing.assert_allclose(levels(read_recording(path, None, None, 24000).waveform), [0.5, 0.05, 0.5], atol=0.01)
+
+
+def test_a_span_is_decided_by_what_it_holds(tmp_path):
+    path = film(tmp_path/'a.wav', (1, -1), (1, 1), (1, 1))
+    assert abs(level(read_recording(path, None, None, 24000, 2.0, 20.0).waveform) - 0.5) < 0.01
+    np.testing.assert_allclose(levels(read_recording(path, None, None, 24000).waveform), [0, 0.5, 0.5], atol=0.01)
+
+
+def test_it_is_as_a_mono_file_of_the_louder_side(tmp_path):
+    noise = np.random.default_rng(0).uniform(-0.9, 0.9, 25*RATE)
+    found = read_recording(wav(tmp_path/'a.wav', [0.8*noise, -noise]), None, None, 24000).waveform
+    expected = read_recording(wav(tmp_path/'b.wav', [-noise]), None, None, 24000).waveform
+    np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize('count', [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 16, 17, 32, 64])
 def test_any_number_of_channels_at_full_level_stays_within_one(tmp_path, count):
-    waveform = mono(decoded(wav(tmp_path/'a.wav', [2*TONE]*count)), 24000)
-    assert len(waveform) == 24000 and np.isfinite(waveform).all()
+    waveform = mono(decoded(wav(tmp_path/'a.wav', [2*TONE]*count)))
+    assert len(waveform) == RATE and np.isfinite(waveform).all()
     assert np.abs(waveform).max() <= 1 and level(waveform) > 0.9
 
 
@@ -78,7 +111,10 @@ def test_planar_surround(tmp_path, layout):
     assert 0.3 < level(waveform) < 0.6
 
 
-@pytest.mark.parametrize('kind, layout', [('pcm_f32le', 'mono'), ('pcm_s32le', 'mono'), ('flac', 'mono'), ('pcm_f32le', 'stereo')])
+PLAIN = [('pcm_f32le', 'mono'), ('pcm_s32le', 'mono'), ('flac', 'mono'), ('pcm_f32le', 'stereo')]
+
+
+@pytest.mark.parametrize('kind, layout', PLAIN)
 def test_sound_that_needs_no_resampling(tmp_path, kind, layout):
     path = tmp_path/('a.flac' if kind == 'flac' else 'a.wav')
     with av.open(str(path), 'w') as container:
@@ -92,21 +128,24 @@ def test_sound_that_needs_no_resampling(tmp_path, kind, layout):
     assert len(waveform) == 24000 and abs(level(waveform) - 0.5) < 0.01
 
 
-def test_pieces_are_as_the_whole(tmp_path):
+def test_blocks_are_as_the_whole(tmp_path):
     noise = np.random.default_rng(0).uniform(-0.9, 0.9, (2, 10*RATE))
     frames = decoded(wav(tmp_path/'a.wav', noise))
-    film = MonoResampler(24000)
-    film.begin()
-    film.begin()
-    for frame in frames:
-        film.add(frame)
-    (pieces,), whole = film.finish(), mono(frames, 24000)
-    assert len(frames) > 64 and (pieces == whole).all()
-    assert MonoResampler(24000).finish() == []
+    assert len(frames) > 64
+    downmix = Downmix()
+    blocks = np.concatenate([downmix.mono(frames[k:k + 50]) for k in range(0, len(frames), 50)])
+    np.testing.assert_array_equal(blocks, mono(frames))
+    np.testing.assert_array_equal(sides_of(frames), (32767*noise).round()/2**15)
 
 
-def test_format_may_change_within_a_run(tmp_path):
+def test_format_may_change_in_mid_film(tmp_path):
+    sound = Sound(24000)
     frames = decoded(wav(tmp_path/'a.wav', [TONE, TONE])) + decoded(wav(tmp_path/'b.wav', [TONE]))
-    waveform = mono(frames, 24000)
+    at = 0
+    for frame in frames:
+        sound.add(frame, at/RATE)
+        at += frame.samples
+    sound.finish()
+    waveform = sound.waveform(0)
     assert len(waveform) == 48000
     assert abs(level(waveform[:24000]) - 0.5) < 0.01 and abs(level(waveform[24000:]) - 0.5) < 0.01

@@ -20,7 +20,8 @@ def write_store(folder, container, change=lambda row: None):
     for shard in range(2):
         clips = []
         for number in range(2*shard, 2*shard + 2):
-            planes, mel = rng.integers(16, 235, (STEPS, 48, 32), np.uint8), rng.normal(size=(8, 12*STEPS)).astype(np.float32)
+            planes = rng.integers(16, 235, (STEPS, 48, 32), np.uint8)
+            mel = rng.normal(size=(8, 12*STEPS)).astype(np.float32)
             about = dict(clip=f'clip {number}', path=f'{number}.mp4', split='train', label='a')
             clips.append((number, about, *pack_clip(planes, mel, STEPS, 10, 120.0, config)))
         rows += write_shard(folder/f'{shard:07d}.tar', clips)
@@ -211,7 +212,8 @@ def test_store_removed_while_it_is_read(folder):
     first = store.planes(0)
     shutil.rmtree(folder)
     assert np.array_equal(store.planes(0), first) # what is mapped stays
-    with pytest.raises(InputError, match=f'{folder}/0000001.tar cannot be read any more .*: was it removed or made anew'):
+    said = f'{folder}/0000001.tar cannot be read any more .*: was it removed or made anew'
+    with pytest.raises(InputError, match=said):
         store.planes(2)
 
 

@@ -30,7 +30,10 @@ class AudioConfig:
         if columns == int(columns) >= 1:
             return int(columns)
         fitting = [hop for hop in range(1, self.sample_rate//fps + 1) if self.sample_rate % (hop*fps) == 0]
-        remedy = f'take hop {min(fitting, key=lambda hop: abs(hop - self.hop))}' if fitting else 'change the sample rate'
+        remedy = 'change the sample rate'
+        if fitting:
+            nearest = min(fitting, key=lambda hop: abs(hop - self.hop))
+            remedy = f'take hop {nearest}'
         raise InputError(f'audio.sample_rate {self.sample_rate} / audio.hop {self.hop} / {fps} fps = {columns:.3f} mel '
                          f'columns per visual step, which must be a whole number: {remedy}')
 

@@ -30,7 +30,8 @@ def open_file(
     raise Rejection('does not decode', f'{path.name} is a list of other files')
 
 # %% ../../nbs/14_data.clock.ipynb #007
-STRICT = {'err_detect': 'crccheck+bitstream+buffer+explode', 'max_pixels': str(8192*4320), 'threads': '1'} # FFmpeg's options for decoders
+# FFmpeg's options for decoders
+STRICT = {'err_detect': 'crccheck+bitstream+buffer+explode', 'max_pixels': str(8192*4320), 'threads': '1'}
 COVERS = Disposition.attached_pic | Disposition.timed_thumbnails
 IMPAIRED = Disposition.hearing_impaired | Disposition.visual_impaired | Disposition.comment
 
@@ -78,10 +79,11 @@ AHEAD = 10 # seconds without any packet after which the clock of a transport str
 LONGEST_GAP = 30 # seconds without any packet above which the clock of another file is not believed
 
 def seconds_of(packet: av.Packet, default: float = 0.0) -> float: # seconds
-    "When a packet is shown, as far as it says."
+    "When a packet is shown, by its own times; `default` where it has none."
     ticks = packet.dts if packet.pts is None else packet.pts
     return default if ticks is None else ticks*float(packet.time_base)
 
+# %% ../../nbs/14_data.clock.ipynb #0111
 @dataclass
 class Clock:
     "Puts the packets of a file on one clock that goes on."
@@ -90,7 +92,8 @@ class Clock:
     shifts: list = field(default_factory=lambda: [0.0]) # seconds to add after each restart
     restarts: dict = field(default_factory=dict) # stream -> restarts that it has passed
     latest: dict = field(default_factory=dict) # stream -> when its latest packet is decoded, seconds
-    ends: dict = field(default_factory=dict) # stream -> when its latest packet ends, seconds
+    reached: dict = field(default_factory=dict) # stream -> when the decoding of another packet is due, seconds
+    ends: dict = field(default_factory=dict) # stream -> when the last of its packets ends on the screen, seconds
     units: dict = field(default_factory=dict) # stream -> seconds in which its times are counted
 
     def place(self, packet: av.Packet):
@@ -99,16 +102,23 @@ class Clock:
         if ticks is None:
             return
         stream = packet.stream
-        tick = self.units.get(stream) or self.units.setdefault(stream, float(packet.time_base))
-        shift = self.shifts[self.restarts.get(stream, 0)] if packet.is_discard else self._shift(stream, ticks*tick, seconds_of(packet))
+        tick = self.units.setdefault(stream, float(packet.time_base))
+        has_decoding_time = packet.dts is not None or stream not in self.latest
+        if packet.is_discard or not has_decoding_time:
+            shift = self.shifts[self.restarts.get(stream, 0)]
+        else:
+            shift = self._shift(stream, ticks*tick, seconds_of(packet))
         if shift:
             packet.dts = None if packet.dts is None else packet.dts + round(shift/tick)
             packet.pts = None if packet.pts is None else packet.pts + round(shift/tick)
-        shown = ticks*tick + shift if packet.pts is None else packet.pts*tick
         if packet.is_discard:
             return # needed for decoding, not shown: what was cut out may lie out of order
-        self.latest[stream] = ticks*tick + shift
-        self.ends[stream] = max(self.ends.get(stream, shown), shown + (packet.duration or 0)*tick)
+        decoded, duration = ticks*tick + shift, (packet.duration or 0)*tick
+        if has_decoding_time:
+            self.latest[stream] = decoded
+            self.reached[stream] = max(self.reached.get(stream, decoded), decoded + duration)
+        shown = decoded if packet.pts is None else packet.pts*tick
+        self.ends[stream] = max(self.ends.get(stream, shown), shown + duration)
 
     def _shift(self, stream, time: float, shown: float) -> float:
         "Seconds to add to the times of a stream's next packet, which is decoded at `time`."
@@ -128,7 +138,7 @@ class Clock:
 
     def _fits(self, time: float, before: float) -> bool:
         "Whether a packet at `time` may follow one at `before`."
-        silence = time - max(self.ends.values(), default=before)
+        silence = time - max(self.reached.values(), default=before)
         if not self.jumps and silence > LONGEST_GAP:
             raise Rejection('clock jumps', f'{self.name}: nothing from {time - silence:.1f} s to {time:.1f} s')
         return time >= before - BACKWARDS and (not self.jumps or silence <= AHEAD)

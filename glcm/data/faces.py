@@ -38,7 +38,7 @@ def similarity(
     source: np.ndarray, # (..., N, 2) points
     target: np.ndarray, # (N, 2) where they should go
 ) -> np.ndarray: # (..., 2, 3) matrix [sR | t]
-    "The turn, scale and shift that bring `source` nearest to `target` (least squares); `InputError` where the points coincide."
+    "The turn, scale and shift that bring `source` nearest to `target`; `InputError` where the points coincide."
     a = source - np.mean(source, -2, keepdims=True, dtype=np.float64)
     b = target - np.mean(target, 0, dtype=np.float64)
     spread = (a**2).sum((-2, -1))
@@ -48,8 +48,10 @@ def similarity(
     mirrored = np.sign(np.linalg.det(u @ vt))
     s[..., 1] *= mirrored
     u[..., 1] *= mirrored[..., None]
-    turn = (s.sum(-1)/spread)[..., None, None]*(u @ vt)
-    shift = np.mean(target, 0) - (turn @ np.mean(source, -2, dtype=np.float64)[..., None])[..., 0]
+    scale = s.sum(-1)/spread
+    turn = scale[..., None, None]*(u @ vt)
+    middle = np.mean(source, -2, dtype=np.float64)
+    shift = np.mean(target, 0) - (turn @ middle[..., None])[..., 0]
     return np.concatenate([turn, shift[..., None]], -1)
 
 def moved(
@@ -79,7 +81,13 @@ def _predictor():
     return _dlib().shape_predictor(str(folder/'models'/'shape_predictor_68_face_landmarks.dat'))
 
 # %% ../../nbs/20_data.faces.ipynb #013
-_of_thread = threading.local() # a detector keeps the frame it works on: two threads with one detector find each other's faces
+_of_thread = threading.local() # a detector keeps the frame it works on: threads that share one find each other's faces
+
+def _detector():
+    "This thread's face detector; raises `InputError` where dlib is not installed."
+    if not hasattr(_of_thread, 'detector'):
+        _of_thread.detector = _dlib().get_frontal_face_detector()
+    return _of_thread.detector
 
 def detect_faces(
     frame: np.ndarray, # (h, w, 3) uint8 RGB
@@ -88,13 +96,13 @@ def detect_faces(
     "Squares around the upright, frontal faces in a frame."
     import torch # not above: whoever decodes files without faces does without PyTorch
     from torchvision.transforms.functional import resize
-    if not hasattr(_of_thread, 'detector'):
-        _of_thread.detector = _dlib().get_frontal_face_detector()
     h, w, _ = frame.shape
     scale = short_side/min(h, w)
     pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
-    small = resize(pixels, [round(h*scale), round(w*scale)], antialias=True).permute(1, 2, 0).contiguous().numpy()
-    return np.array([[r.left(), r.top(), r.right(), r.bottom()] for r in _of_thread.detector(small)], float).reshape(-1, 4)/scale
+    small = resize(pixels, [round(h*scale), round(w*scale)], antialias=True)
+    found = _detector()(small.permute(1, 2, 0).contiguous().numpy())
+    squares = [[r.left(), r.top(), r.right(), r.bottom()] for r in found]
+    return np.array(squares, float).reshape(-1, 4)/scale
 
 # %% ../../nbs/20_data.faces.ipynb #014
 def predict_landmarks(
@@ -116,6 +124,20 @@ def overlap(
     both = sides.clip(0).prod()
     return both/((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - both)
 
+def _best_pairs(
+    last: list, # (4,) the latest square of each track
+    squares: np.ndarray, # (n, 4) in the next frame
+    min_overlap: float, # 0 to 1
+) -> list: # of (number of the track, number of the square), the best overlap first
+    "Which squares may continue which tracks."
+    pairs = []
+    for i, a in enumerate(last):
+        for j, b in enumerate(squares):
+            score = overlap(a, b)
+            if score >= min_overlap:
+                pairs.append((score, i, j))
+    return [(i, j) for _, i, j in sorted(pairs, reverse=True)]
+
 def link_faces(
     found: dict, # frame -> (n, 4) squares around the faces in it
     min_overlap: float = 0.2, # below this, two squares are not the same face
@@ -124,10 +146,9 @@ def link_faces(
     tracks = []
     for t in sorted(found):
         last = [track[max(track)] for track in tracks]
-        pairs = sorted(((overlap(a, b), i, j) for i, a in enumerate(last) for j, b in enumerate(found[t])), reverse=True)
         linked = set()
-        for score, i, j in pairs:
-            if score < min_overlap or t in tracks[i] or j in linked:
+        for i, j in _best_pairs(last, found[t], min_overlap):
+            if t in tracks[i] or j in linked:
                 continue
             tracks[i][t] = found[t][j]
             linked.add(j)
@@ -141,12 +162,24 @@ def look_for_faces(
     short_side: int, # as in `detect_faces`
 ) -> dict: # frame -> (n, 4) the faces in it, for the frames that were looked at
     "Detect faces in every few frames, and in all frames between two that disagree."
-    look = lambda times: {t: detect_faces(frames[t], short_side) for t in times}
+    def look(times):
+        return {t: detect_faces(frames[t], short_side) for t in times}
+
     found = look(sorted({*range(0, len(frames), every), len(frames) - 1}))
     for a, b in pairwise(sorted(found)):
-        if not len(found[a]) == len(found[b]) > 0:
+        agree = len(found[a]) == len(found[b]) > 0
+        if not agree:
             found |= look(range(a + 1, b))
     return found
+
+def _boxes_between(
+    track: dict, # frame -> (4,) square around one face
+    count: int, # number of frames T
+) -> np.ndarray: # (T, 4)
+    "The square of a face in every frame, interpolated in time."
+    times = sorted(track)
+    squares = np.stack([track[t] for t in times])
+    return np.stack([np.interp(range(count), times, side) for side in squares.T], 1)
 
 def track_landmarks(
     frames: np.ndarray, # (T, h, w, 3) uint8 RGB
@@ -154,10 +187,13 @@ def track_landmarks(
     looked: list, # the frames that were looked at, ascending
 ) -> np.ndarray: # (T, 68, 2) pixels; NaN where the face was not seen
     "Landmarks of one track, in the frames that show it and those between that were not looked at."
+    shown = set(track)
+    for a, b in pairwise(looked):
+        if a in track and b in track:
+            shown.update(range(a, b))
+    boxes = _boxes_between(track, len(frames))
     points = np.full((len(frames), 68, 2), np.nan, np.float32)
-    boxes = np.stack([np.interp(range(len(frames)), sorted(track), side) for side in zip(*(track[t] for t in sorted(track)))], 1)
-    seen = [t for a, b in pairwise(looked) if a in track and b in track for t in range(a, b)]
-    for t in {*track, *seen}:
+    for t in shown:
         points[t] = predict_landmarks(frames[t], boxes[t])
     return points
 
@@ -184,12 +220,19 @@ def smooth(
     return np.apply_along_axis(np.convolve, 0, padded, kernel/kernel.sum(), mode='valid').astype(points.dtype)
 
 # %% ../../nbs/20_data.faces.ipynb #024
+def _apart(
+    points: np.ndarray, # (T, 68, 2) landmarks
+    pair: list, # numbers of two of them
+) -> np.ndarray: # (T,)
+    "How far two landmarks are from each other."
+    first, second = pair
+    return np.linalg.norm(points[:, first] - points[:, second], axis=-1)
+
 def mouth_opening(
     points: np.ndarray, # (T, 68, 2) landmarks
 ) -> np.ndarray: # (T,) in units of the distance between the outer eye corners
     "How far the inner lips are apart."
-    between = lambda pair: np.linalg.norm(points[:, pair[0]] - points[:, pair[1]], axis=-1)
-    return between(INNER_LIPS)/between(EYES_AND_NOSE[:2])
+    return _apart(points, INNER_LIPS)/_apart(points, EYES_AND_NOSE[:2])
 
 def loudness(
     waveform: np.ndarray, # (n,) mono, beginning with the first frame
@@ -199,9 +242,14 @@ def loudness(
 ) -> np.ndarray: # (T,) decibels below the loudest frame, -60 to 0; all 0 in digital silence
     "The sound's envelope at the frame rate; sound that is missing counts as silence."
     edges = np.round(np.arange(count + 1)*sample_rate/fps).astype(int)
-    waveform = np.pad(waveform[:edges[-1]], (0, max(0, edges[-1] - len(waveform))))
-    level = np.sqrt([np.mean(waveform[a:b]**2) for a, b in pairwise(edges)])
-    return 20*np.log10(np.maximum(level/level.max(), 1e-3)) if level.any() else level
+    end = edges[-1]
+    heard = waveform[:end]
+    padded = np.pad(heard, (0, end - len(heard)))
+    level = np.sqrt([np.mean(padded[a:b]**2) for a, b in pairwise(edges)])
+    if not level.any():
+        return level
+    faintest = 1e-3 # -60 dB
+    return 20*np.log10(np.maximum(level/level.max(), faintest))
 
 def speaking(
     points: np.ndarray, # (T, 68, 2) landmarks without gaps
@@ -214,6 +262,34 @@ def speaking(
     return float(np.corrcoef(opening, envelope)[0, 1])
 
 # %% ../../nbs/20_data.faces.ipynb #027
+def _check_clip(
+    frames: np.ndarray, # as in `landmarks`
+    waveform: np.ndarray | None,
+    sample_rate: int | None,
+):
+    "Raise `InputError` for what is no clip."
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+        raise InputError(f'frames should be (T, h, w, 3) uint8 with T at least 1, not {frames.shape} {frames.dtype}')
+    if waveform is not None and not sample_rate:
+        raise InputError('a waveform needs its sample_rate: give both, or neither')
+
+def _faces_seen(
+    frames: np.ndarray, # (T, h, w, 3) uint8 RGB
+    short_side: int, # as in `detect_faces`
+    every: int, # look for faces at every so many frames
+    min_seen: float, # share of frames that must show a face, 0 to 1
+) -> list: # of (T, 68, 2) landmarks without gaps, one for each face
+    "The faces that enough frames show; raises `Rejection('no face')` where there are none."
+    found = look_for_faces(frames, every, short_side)
+    tracks = [track_landmarks(frames, track, sorted(found)) for track in link_faces(found)]
+    seen = [np.isfinite(points[:, 0, 0]).mean() for points in tracks]
+    faces = [fill_gaps(points) for points, share in zip(tracks, seen) if share >= min_seen]
+    if not faces:
+        most, needed = round(max(seen, default=0)*len(frames)), math.ceil(min_seen*len(frames))
+        raise Rejection('no face', f'{most} of {len(frames)} frames show one face, {needed} are needed')
+    return faces
+
+# %% ../../nbs/20_data.faces.ipynb #0271
 def landmarks(
     frames: np.ndarray, # (T, h, w, 3) uint8 RGB
     waveform: np.ndarray | None = None, # (n,) float mono, beginning with the first frame; None: the largest face is taken
@@ -225,20 +301,17 @@ def landmarks(
     smoothing: float = 1.0, # width of the Gaussian over time, frames
 ) -> np.ndarray: # (T, 68, 2) float32 pixels of the frames given
     "Landmarks of the face that speaks, else the largest; raises `Rejection('no face')` where too few frames show one."
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
-        raise InputError(f'frames should be (T, h, w, 3) uint8 with T at least 1, not {frames.shape} {frames.dtype}')
-    if waveform is not None and not sample_rate:
-        raise InputError('a waveform needs its sample_rate: give both, or neither')
-    found = look_for_faces(frames, every, short_side)
-    tracks = [track_landmarks(frames, track, sorted(found)) for track in link_faces(found)]
-    seen = [np.isfinite(points[:, 0, 0]).mean() for points in tracks]
-    faces = [fill_gaps(points) for points, share in zip(tracks, seen) if share >= min_seen]
-    if not faces:
-        most = round(max(seen, default=0)*len(frames))
-        raise Rejection('no face', f'{most} of {len(frames)} frames show one face, {math.ceil(min_seen*len(frames))} are needed')
-    envelope = np.zeros(len(frames)) if waveform is None else loudness(waveform, sample_rate, fps, len(frames))
-    area = lambda points: np.ptp(points, axis=1).prod(-1).mean()
-    return smooth(max(faces, key=lambda points: (speaking(points, envelope), area(points))), smoothing)
+    _check_clip(frames, waveform, sample_rate)
+    faces = _faces_seen(frames, short_side, every, min_seen)
+    envelope = np.zeros(len(frames))
+    if waveform is not None:
+        envelope = loudness(waveform, sample_rate, fps, len(frames))
+
+    def fitness(points):
+        area = np.ptp(points, axis=1).prod(-1).mean()
+        return speaking(points, envelope), area
+
+    return smooth(max(faces, key=fitness), smoothing)
 
 # %% ../../nbs/20_data.faces.ipynb #030
 def crop_matrices(
@@ -253,7 +326,8 @@ def crop_matrices(
     matrices = similarity(landmarks[:, EYES_AND_NOSE], MEAN_FACE[EYES_AND_NOSE])
     if kind == 'lips':
         corners = moved(landmarks[:, LIP_CORNERS].astype(np.float64), matrices)
-        centre, scale = corners.mean(1), seen/3/np.median(np.linalg.norm(corners[:, 1] - corners[:, 0], axis=-1))
+        widths = np.linalg.norm(corners[:, 1] - corners[:, 0], axis=-1)
+        centre, scale = corners.mean(1), seen/3/np.median(widths)
     elif kind == 'face':
         centre, scale = np.array([0.5, 0.45]), seen/(1 + 2*margin)
     else:
@@ -278,11 +352,12 @@ def warp(
     crops = np.empty((len(frames), size, size, 3), np.uint8)
     for frame, matrix, crop in zip(frames, matrices, crops):
         back = np.linalg.inv(matrix[:, :2])
-        spots = (np.stack(np.meshgrid(ticks, ticks), -1) - matrix[:, 2]) @ back.T
-        grid = torch.from_numpy(((2*spots + 1)/[w, h] - 1).astype(np.float32))
+        spots = (np.stack(np.meshgrid(ticks, ticks), -1) - matrix[:, 2]) @ back.T # in pixels of the frame
+        grid = torch.from_numpy(((2*spots + 1)/[w, h] - 1).astype(np.float32)) # in -1..1
         pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1).float()
         sampled = grid_sample(pixels[None], grid[None], mode='bilinear', padding_mode='border', align_corners=False)
-        crop[:] = avg_pool2d(sampled, fine)[0].round().clamp(0, 255).permute(1, 2, 0).byte().numpy()
+        averaged = avg_pool2d(sampled, fine)[0].round().clamp(0, 255)
+        crop[:] = averaged.permute(1, 2, 0).byte().numpy()
     return crops
 
 # %% ../../nbs/20_data.faces.ipynb #034
@@ -309,5 +384,6 @@ def face_track_crops(
     short_side: int = 240, # as in `landmarks`
     seen: int | None = None, # as in `align_crop`
 ) -> np.ndarray: # (T, size, size, 3) uint8
-    "Crops of the lips or the face that speaks, else of the largest; raises `Rejection('no face')` where too few frames show one."
-    return align_crop(frames, landmarks(frames, waveform, sample_rate, fps, short_side), kind, size, seen=seen)
+    "Crops of the lips or face that speaks, else of the largest; raises `Rejection('no face')` where few frames show one."
+    points = landmarks(frames, waveform, sample_rate, fps, short_side)
+    return align_crop(frames, points, kind, size, seen=seen)

@@ -31,7 +31,16 @@ def planes_of(
     out[h:, w//2:] = plane_of(frame, 2, h//2, w//2)
 
 # %% ../../nbs/12_data.planes.ipynb #007
-LUMA, FROM_UV = 1.164383, [(0.0, 1.596027), (-0.391762, -0.812968), (2.017232, 0.0)] # BT.601, limited range: red, green and blue are LUMA*y + u and v times these
+# BT.601, limited range: red, green and blue are LUMA*(y - 16) and these times u - 128 and v - 128
+LUMA = 1.164383
+FROM_UV = [(0.0, 1.596027), (-0.391762, -0.812968), (2.017232, 0.0)]
+
+def _in_blocks(
+    picture: 'torch.Tensor', # (..., h, w), both sides even
+) -> 'torch.Tensor': # (..., h/2, 2, w/2, 2)
+    "A picture as squares of four pixels, which share one colour."
+    pairs_of_columns = picture.unflatten(-1, (-1, 2))
+    return pairs_of_columns.unflatten(-3, (-1, 2))
 
 def to_rgb(
     planes: 'torch.Tensor', # (..., 3h/2, w) uint8 planes, on any device
@@ -39,13 +48,17 @@ def to_rgb(
     "Planes as red, green and blue pictures."
     import torch # not above: decoding does without it, and it takes seconds to import and half a gigabyte
     height, width = planes.shape[-2]*2//3, planes.shape[-1]
-    luma = (LUMA*(planes[..., :height, :].float() - 16)).unflatten(-1, (-1, 2)).unflatten(-3, (-1, 2)) # pairs of rows, of columns
+    luma = _in_blocks(LUMA*(planes[..., :height, :].float() - 16))
     u, v = (planes[..., height:, :].float() - 128).chunk(2, -1)
-    picture = torch.empty(*planes.shape[:-2], 3, height//2, 2, width//2, 2, dtype=torch.uint8, device=planes.device)
+    shape = *planes.shape[:-2], 3, height//2, 2, width//2, 2
+    picture = torch.empty(shape, dtype=torch.uint8, device=planes.device)
     for c, (from_u, from_v) in enumerate(FROM_UV):
-        picture[..., c, :, :, :, :] = (luma + (from_u*u + from_v*v)[..., None, :, None]).round_().clamp_(0, 255)
+        chroma = from_u*u + from_v*v # (..., h/2, w/2)
+        channel = luma + chroma[..., None, :, None]
+        picture[..., c, :, :, :, :] = channel.round_().clamp_(0, 255)
     return picture.flatten(-4, -3).flatten(-2)
 
+# %% ../../nbs/12_data.planes.ipynb #0071
 def from_rgb(
     frames: np.ndarray, # (F, h, w, 3) uint8, both sides even
 ) -> np.ndarray: # (F, 3h/2, w) uint8
@@ -54,5 +67,6 @@ def from_rgb(
     planes = np.empty((count, height*3//2, width), np.uint8)
     for picture, out in zip(frames, planes):
         frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format='rgb24')
-        planes_of(frame.reformat(format='yuv420p', dst_colorspace='ITU601', dst_color_range='MPEG', threads=1), out)
+        small = frame.reformat(format='yuv420p', dst_colorspace='ITU601', dst_color_range='MPEG', threads=1)
+        planes_of(small, out)
     return planes

@@ -273,6 +273,7 @@ REMEDIES = { # for each reason
     'too short': "lower the dataset's min_frames",
     'too large': 'cut the files, or use their pictures or sound alone',
     'takes too long': 'raise preprocess.time_limit',
+    'unknown colours': "convert these files to BT.709, for example with ffmpeg's filter libplacebo",
     'no face': 'use whole frames (crop: none)',
 }
 OTHER_REMEDY = 'download these files again, or convert them with ffmpeg'

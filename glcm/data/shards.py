@@ -43,26 +43,40 @@ def _as_frame(
 ) -> av.VideoFrame:
     "One picture's planes as the encoder takes them."
     height, half = len(planes)*2//3, planes.shape[1]//2
-    flat = np.concatenate([planes[:height].ravel(), planes[height:, :half].ravel(), planes[height:, half:].ravel()])
+    luma, u, v = planes[:height], planes[height:, :half], planes[height:, half:]
+    flat = np.concatenate([luma.ravel(), u.ravel(), v.ravel()])
     frame = av.VideoFrame.from_ndarray(flat.reshape(planes.shape), format='yuv420p')
     frame.pts, frame.time_base = number, 1/rate
     return frame
 
 # %% ../../nbs/21_data.shards.ipynb #007
+def _encoder(
+    height: int, # of the pictures
+    width: int,
+    fps: int, # frames per second
+    config: StoreConfig, # quality and distance of keyframes
+) -> av.VideoCodecContext:
+    "An encoder whose packets each hold one frame."
+    rate, every = Fraction(fps), config.keyframe
+    encoder = av.CodecContext.create('libx264', 'w')
+    encoder.width, encoder.height, encoder.pix_fmt = width, height, 'yuv420p'
+    encoder.framerate, encoder.time_base, encoder.thread_count = rate, 1/rate, 1
+    x264 = f'keyint={every}:min-keyint={every}:scenecut=0:bframes=0:mbtree=0:threads=1'
+    encoder.options = {'crf': str(config.crf), 'preset': 'veryfast', 'tune': 'fastdecode', 'x264-params': x264}
+    return encoder
+
 def encode_h264(
     planes: np.ndarray, # (F, 3h/2, w) uint8
     fps: int, # frames per second
     config: StoreConfig, # quality and distance of keyframes
 ) -> list: # of F packets, bytes
     "Pictures as H.264 packets; packet k holds frame k, every `keyframe`-th begins afresh."
-    rate = Fraction(fps)
-    encoder = av.CodecContext.create('libx264', 'w')
-    encoder.width, encoder.height, encoder.pix_fmt = planes.shape[2], planes.shape[1]*2//3, 'yuv420p'
-    encoder.framerate, encoder.time_base, encoder.thread_count = rate, 1/rate, 1
-    encoder.options = {'crf': str(config.crf), 'preset': 'veryfast', 'tune': 'fastdecode',
-        'x264-params': f'keyint={config.keyframe}:min-keyint={config.keyframe}:scenecut=0:bframes=0:mbtree=0:threads=1'}
-    frames = [_as_frame(picture, k, rate) for k, picture in enumerate(planes)]
-    return [bytes(packet) for frame in (*frames, None) for packet in encoder.encode(frame)]
+    encoder = _encoder(planes.shape[1]*2//3, planes.shape[2], fps, config)
+    packets = []
+    for k, picture in enumerate(planes):
+        packets += encoder.encode(_as_frame(picture, k, Fraction(fps)))
+    packets += encoder.encode(None)
+    return [bytes(packet) for packet in packets]
 
 # %% ../../nbs/21_data.shards.ipynb #008
 def decode_h264(
@@ -86,11 +100,19 @@ def decode_h264(
     return planes
 
 # %% ../../nbs/21_data.shards.ipynb #013
-def _pack_mel(levels: np.ndarray) -> bytes: # (bands, n) uint8 to a chunk
+def _pack_mel(
+    levels: np.ndarray, # (bands, n) uint8
+) -> bytes: # a chunk
+    "Columns of a spectrogram as their compressed differences."
     return zlib.compress(np.diff(levels, axis=1, prepend=np.uint8(0)).tobytes())
 
-def _unpack_mel(chunk: bytes, bands: int) -> np.ndarray: # a chunk to (bands, n) uint8
-    return np.frombuffer(zlib.decompress(chunk), np.uint8).reshape(bands, -1).cumsum(1, dtype=np.uint8)
+def _unpack_mel(
+    chunk: bytes,
+    bands: int, # of the spectrogram
+) -> np.ndarray: # (bands, n) uint8
+    "The columns that `_pack_mel` made a chunk of."
+    differences = np.frombuffer(zlib.decompress(chunk), np.uint8).reshape(bands, -1)
+    return differences.cumsum(1, dtype=np.uint8)
 
 def columns_until(
     frame: int | np.ndarray, # number of a frame
@@ -101,6 +123,19 @@ def columns_until(
     return np.rint(np.asarray(frame)*columns_per_second/fps).astype(int)
 
 # %% ../../nbs/21_data.shards.ipynb #014
+def _spans(
+    mel: np.ndarray, # (bands, N) float32 log10 mel energies
+    steps: int, # length of the clip, visual steps
+    every: int, # steps from one keyframe to the next
+    fps: int, # visual steps per second
+    columns_per_second: float, # of the spectrogram
+) -> list: # of (bands, n) uint8
+    "The columns of a spectrogram from each keyframe to the next."
+    frames = np.arange(0, steps + every, every).clip(max=steps)
+    edges = columns_until(frames, fps, columns_per_second)
+    levels = to_levels(mel)
+    return [levels[:, a:b] for a, b in zip(edges, edges[1:])]
+
 def pack_clip(
     planes: np.ndarray | None, # (F, 3h/2, w) uint8; None for a dataset without pictures
     mel: np.ndarray | None, # (bands, N) float32 log10 mel energies; None for a dataset without sound
@@ -112,10 +147,7 @@ def pack_clip(
     "Pictures and spectrogram of a clip as they are stored."
     members, entries, raw = {}, dict(steps=steps), config.container == 'raw'
     if mel is not None:
-        frames = np.arange(0, steps + config.keyframe, config.keyframe).clip(max=steps)
-        edges = columns_until(frames, fps, columns_per_second)
-        levels = to_levels(mel)
-        spans = [levels[:, a:b] for a, b in zip(edges, edges[1:])]
+        spans = _spans(mel, steps, config.keyframe, fps, columns_per_second)
         if raw:
             members['mel.raw'] = [span.tobytes() for span in spans]
         else:
@@ -138,14 +170,23 @@ def write_shard(
     with tarfile.open(path, 'w', format=tarfile.USTAR_FORMAT) as tar:
         for number, row, members, entries in clips:
             places = {}
-            for suffix, chunks in (members | {'json': [json.dumps(row).encode()]}).items():
-                info = tarfile.TarInfo(f'{number:07d}.{suffix}')
-                info.size = sum(map(len, chunks))
-                places[suffix] = [tar.offset + tarfile.BLOCKSIZE, *map(len, chunks)]
-                tar.addfile(info, io.BytesIO(b''.join(chunks)))
-            places.pop('json')
+            for suffix, chunks in members.items():
+                sizes = [len(chunk) for chunk in chunks]
+                places[suffix] = [tar.offset + tarfile.BLOCKSIZE, *sizes]
+                _add(tar, f'{number:07d}.{suffix}', b''.join(chunks))
+            _add(tar, f'{number:07d}.json', json.dumps(row).encode())
             rows.append(row | entries | dict(shard=path.name, places=places))
     return rows
+
+def _add(
+    tar: tarfile.TarFile,
+    name: str, # of the member
+    content: bytes,
+):
+    "Add a file to a tar."
+    info = tarfile.TarInfo(name)
+    info.size = len(content)
+    tar.addfile(info, io.BytesIO(content))
 
 # %% ../../nbs/21_data.shards.ipynb #017
 FORMAT = 3 # of manifest and index
@@ -189,7 +230,8 @@ class Rows(Sequence):
             return [self[k] for k in range(*i.indices(len(self)))]
         i = range(len(self))[i]
         try:
-            row = json.loads(self.map[self.ends[i - 1] + 1 if i else 0:self.ends[i]])
+            begin = self.ends[i - 1] + 1 if i else 0
+            row = json.loads(self.map[begin:self.ends[i]])
         except (ValueError, RecursionError) as e:
             raise InputError(f'{self.path}, line {i + 1}: {e}') from None
         if not isinstance(row, dict):
@@ -240,15 +282,13 @@ def _wrong_in_manifest(
 
 # %% ../../nbs/21_data.shards.ipynb #023
 class _StoreFiles:
-    "The files of a store: the manifest, checked, and the shards, mapped into memory when they are first read."
+    "The files of a store, checked against its manifest."
     def __init__(self, folder: Path):
-        self.folder, self._maps = folder, {}
+        self.folder = folder
         self.about = self._read_manifest()
         for name, seal in (self.about['shards'] | {'clips.jsonl': self.about['index']}).items():
             self._check_size(name, seal['bytes'])
         self.check_sum('clips.jsonl', self.about['index'])
-
-    def __getstate__(self): return self.__dict__ | dict(_maps={})
 
     def damaged(self, name: str, why) -> InputError:
         "The error that names a file of this store, and the remedy."
@@ -284,21 +324,6 @@ class _StoreFiles:
         if found != seal['sha256']:
             raise self.damaged(name, 'its content has changed')
 
-    def shard(self, name: str) -> memoryview: # all of its bytes
-        "A shard, mapped into memory."
-        if name in self._maps:
-            return self._maps[name]
-        if name not in self.about['shards']:
-            raise self.damaged('clips.jsonl', f'there is no shard {name!r}')
-        try:
-            with open(self.folder/name, 'rb') as file:
-                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as e:
-            remedy = 'was it removed or made anew? Then run this again'
-            raise InputError(f'{self.folder/name} cannot be read any more ({e}): {remedy}') from None
-        self._maps[name] = memoryview(content)
-        return self._maps[name]
-
 # %% ../../nbs/21_data.shards.ipynb #025
 def _wrong_in_row(
     row: dict, # of the index
@@ -326,12 +351,101 @@ def _chunk_ends(
         raise ValueError('it is not all in its shard')
     return edges
 
+# %% ../../nbs/21_data.shards.ipynb #0252
+class _Shards:
+    "The chunks of clips, in shards that are mapped into memory; raises `InputError` where they are damaged."
+    def __init__(self, files: _StoreFiles):
+        self.files, self._maps = files, {}
+
+    def __getstate__(self): return self.__dict__ | dict(_maps={})
+
+    def _shard(self, name: str) -> memoryview: # all of its bytes
+        if name in self._maps:
+            return self._maps[name]
+        if name not in self.files.about['shards']:
+            raise self.files.damaged('clips.jsonl', f'there is no shard {name!r}')
+        path = self.files.folder/name
+        try:
+            with open(path, 'rb') as file:
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as e:
+            remedy = 'was it removed or made anew? Then run this again'
+            raise InputError(f'{path} cannot be read any more ({e}): {remedy}') from None
+        self._maps[name] = memoryview(content)
+        return self._maps[name]
+
+    def span(self,
+        row: dict, # of the index
+        suffix: str, # of the member
+        first: int, # number of a chunk
+        last: int, # number of the chunk after the last one
+    ) -> tuple: # memory; where each chunk begins in it, and the last one ends
+        "Successive chunks of a member, still in the file."
+        data = self._shard(row['shard'])
+        try:
+            edges = _chunk_ends(row['places'][suffix], len(data))
+            begin, end = int(edges[first]), int(edges[last])
+        except (ValueError, TypeError, IndexError, OverflowError) as e:
+            raise self.files.damaged('clips.jsonl', f"{suffix} of clip {row['clip']}: {e}") from None
+        return data[begin:end], edges[first:last + 1] - begin
+
+    def chunks(self, row: dict, suffix: str, first: int, last: int) -> list: # of bytes
+        "Successive chunks of a member, one by one."
+        data, cuts = self.span(row, suffix, first, last)
+        return [data[a:b] for a, b in zip(cuts, cuts[1:])]
+
+    def damaged(self, row: dict, why) -> InputError:
+        "The error that names a clip whose chunks mean nothing."
+        return self.files.damaged(row['shard'], f"clip {row['clip']}: {why}")
+
+# %% ../../nbs/21_data.shards.ipynb #0254
+def _stored_planes(
+    shards: _Shards,
+    row: dict, # of the index
+    start: int, # number of the first picture
+    stop: int, # number of the one after the last
+    keyframe: int, # pictures from one at which decoding may begin to the next
+) -> np.ndarray: # (F, 3h/2, w) uint8
+    "Pictures of a clip; raises `InputError` where they are damaged."
+    if 'i420' in row['places']:
+        data, _ = shards.span(row, 'i420', start, stop)
+        try:
+            return np.frombuffer(data, np.uint8).reshape(stop - start, row['height']*3//2, row['width'])
+        except ValueError as e:
+            raise shards.damaged(row, e) from None
+    key = start - start % keyframe
+    packets = shards.chunks(row, 'h264', key, stop)
+    try:
+        return decode_h264(packets, row['height'], row['width'])[start - key:]
+    except InputError as e:
+        raise shards.damaged(row, e) from None
+
+def _stored_levels(
+    shards: _Shards,
+    row: dict, # of the index
+    first: int, # number of the first chunk
+    last: int, # number of the one after the last
+    bands: int, # of the spectrogram
+) -> np.ndarray: # (bands, n) uint8
+    "Chunks of a clip's spectrogram, one after the other; raises `InputError` where they are damaged."
+    is_raw = 'mel.raw' in row['places']
+    chunks = shards.chunks(row, 'mel.raw' if is_raw else 'mel.zlib', first, last)
+    try:
+        if is_raw:
+            levels = [np.frombuffer(chunk, np.uint8).reshape(bands, -1) for chunk in chunks]
+        else:
+            levels = [_unpack_mel(chunk, bands) for chunk in chunks]
+    except (zlib.error, ValueError) as e:
+        raise shards.damaged(row, e) from None
+    return np.concatenate(levels, 1)
+
 # %% ../../nbs/21_data.shards.ipynb #027
 class ClipStore:
-    "Random access to the clips of one dataset's shards; raises `InputError` where they are missing, of another version or damaged."
+    "Random access to the clips of one dataset's shards; raises `InputError` where they are missing, damaged or too old."
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._files = _StoreFiles(self.folder)
+        self._shards = _Shards(self._files)
         self.about, self.clips = self._files.about, Rows(self.folder/'clips.jsonl')
         self._last = None, None # number and row of the clip that was read last
         if len(self) != self.about.get('clips'):
@@ -344,6 +458,10 @@ class ClipStore:
         "Compare every shard with its checksum; raises `InputError` naming the first that differs."
         for name, seal in self.about['shards'].items():
             self._files.check_sum(name, seal)
+
+    def select(self, **wanted) -> list: # numbers of the clips
+        "The clips whose catalogue columns have the given values, e.g. `select(split='train')`."
+        return [i for i, row in enumerate(self.clips) if all(row[k] == v for k, v in wanted.items())]
 
     def _row(self, i: int, start: int, stop: int | None) -> tuple: # row, end of the span
         "A clip's row, and the span that is wanted of it."
@@ -358,69 +476,29 @@ class ClipStore:
             raise InputError(f"clip {row['clip']} in {self.folder} has {row['steps']} steps, not {start} to {stop}")
         return row, stop
 
-    def _read(self, row: dict, suffix: str, first: int, last: int) -> tuple: # memory, where each chunk begins in it and the last one ends
-        "The chunks `first` to `last` of a member, still in the file."
-        data = self._files.shard(row['shard'])
-        try:
-            edges = _chunk_ends(row['places'][suffix], len(data))
-            begin, end = int(edges[first]), int(edges[last])
-        except (ValueError, TypeError, IndexError, OverflowError) as e:
-            raise self._files.damaged('clips.jsonl', f"{suffix} of clip {row['clip']}: {e}") from None
-        return data[begin:end], edges[first:last + 1] - begin
-
-    def _chunks(self, *member) -> list: # of bytes
-        data, cuts = self._read(*member)
-        return [data[a:b] for a, b in zip(cuts, cuts[1:])]
-
-    def _clip_damaged(self, row: dict, why: Exception) -> InputError:
-        return self._files.damaged(row['shard'], f"clip {row['clip']}: {why}")
-
     def planes(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray: # (F, 3h/2, w) uint8
         "Pictures `start` to `stop` of clip `i`, as planes."
         row, stop = self._row(i, start, stop)
         if 'width' not in row:
             raise InputError(f'the clips in {self.folder} have sound and no pictures')
-        if 'i420' in row['places']:
-            data, _ = self._read(row, 'i420', start, stop)
-            try:
-                return np.frombuffer(data, np.uint8).reshape(stop - start, row['height']*3//2, row['width'])
-            except ValueError as e:
-                raise self._clip_damaged(row, e) from None
-        key = start - start % self.about['keyframe']
-        packets = self._chunks(row, 'h264', key, stop)
-        try:
-            return decode_h264(packets, row['height'], row['width'])[start - key:]
-        except InputError as e:
-            raise self._clip_damaged(row, e) from None
+        return _stored_planes(self._shards, row, start, stop, self.about['keyframe'])
 
     def frames(self, i: int, start: int = 0, stop: int | None = None) -> 'torch.Tensor': # (F, 3, h, w) uint8 RGB
         "Pictures `start` to `stop` of clip `i`, in colour."
         import torch # not above: writing shards does without it
         return to_rgb(torch.from_numpy(self.planes(i, start, stop).copy()))
 
-    def _levels(self, row: dict, first: int, last: int) -> np.ndarray: # (bands, n) uint8
-        "The chunks `first` to `last` of the spectrogram, one after the other."
-        raw, bands = 'mel.raw' in row['places'], self.about['bands']
-        if not raw and 'mel.zlib' not in row['places']:
-            raise InputError(f'the clips in {self.folder} were stored without sound: set datasets.{self.folder.name}.sound to true')
-        chunks = self._chunks(row, 'mel.raw' if raw else 'mel.zlib', first, last)
-        try:
-            levels = [np.frombuffer(c, np.uint8).reshape(bands, -1) if raw else _unpack_mel(c, bands) for c in chunks]
-        except (zlib.error, ValueError) as e:
-            raise self._clip_damaged(row, e) from None
-        return np.concatenate(levels, 1)
-
     def mel(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray: # (bands, N) float32
         "Log-mel spectrogram of the visual steps `start` to `stop` of clip `i`."
         row, stop = self._row(i, start, stop)
+        if not row['places'].keys() & {'mel.raw', 'mel.zlib'}:
+            remedy = f'set datasets.{self.folder.name}.sound to true'
+            raise InputError(f'the clips in {self.folder} were stored without sound: {remedy}')
         every = self.about['keyframe']
         first, last = start//every, -(-stop//every)
-        levels, edges = self._levels(row, first, last), np.array([start, stop, first*every])
-        a, b, origin = columns_until(edges, self.about['fps'], self.about['columns_per_second'])
+        levels = _stored_levels(self._shards, row, first, last, self.about['bands'])
+        steps = np.array([start, stop, first*every])
+        a, b, origin = columns_until(steps, self.about['fps'], self.about['columns_per_second'])
         if levels.shape[1] < b - origin:
-            raise self._clip_damaged(row, f'{levels.shape[1]} columns of sound instead of {b - origin}')
+            raise self._shards.damaged(row, f'{levels.shape[1]} columns of sound instead of {b - origin}')
         return from_levels(levels[:, a - origin:b - origin])
-
-    def select(self, **wanted) -> list: # numbers of the clips
-        "The clips whose catalogue columns have the given values, e.g. `select(split='train')`."
-        return [i for i, row in enumerate(self.clips) if all(row[k] == v for k, v in wanted.items())]
