@@ -417,7 +417,7 @@ class FinetuneProgress:
         state, path = self.states.newest()
         changed = self.states.changes(state) if state else ['no state in it can be read']
         if changed:
-            print(f'{self.states.folder} is of another run: restarting\n  ' + '\n  '.join(changed))
+            print(f'{self.states.folder} holds nothing of this run: restarting\n  ' + '\n  '.join(changed))
             self.states.remove()
             return
         self.number = state['number']
