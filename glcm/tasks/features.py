@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['temporal_stride', 'length_mask', 'pack_steps', 'unpack_steps', 'PaddingMask', 'masked_padding', 'attention_maps',
-           'Features', 'TaskNetwork', 'clip_mean']
+           'needed_parts', 'Features', 'TaskNetwork', 'clip_mean']
 
 # %% ../../nbs/44_tasks.features.ipynb #002
 import copy
@@ -133,6 +133,18 @@ def attention_maps(
     _, _, attention = model.global_pathway(frames, model.audio_encoder(audio))
     return attention
 
+# %% ../../nbs/44_tasks.features.ipynb #007q
+def needed_parts(
+    config: TaskConfig,
+) -> list[str]: # of `glcm.model.PARTS`
+    "What a task takes of a pretrained network: encoders, and what makes the attention map."
+    parts = list(ATTENTION_PARTS) if config.uses_attention else []
+    if config.uses_video:
+        parts += [name for name in ('global', 'local') if name in config.features]
+    if 'audio' in config.modality:
+        parts.append('audio')
+    return list(dict.fromkeys(parts))
+
 # %% ../../nbs/44_tasks.features.ipynb #008
 def _batch_weight(video, audio, length=None) -> int:
     "How much a batch counts in a mean: by its clips, or by their frames where their lengths differ."
@@ -144,11 +156,11 @@ class Features(nn.Module):
     "The encoders of a pretrained model as a sequence of features: (B, channels, T)."
     def __init__(self, model: GLCM, run: RunConfig, config: TaskConfig):
         super().__init__()
+        model.check_trained(needed_parts(config), f'a task with input {config.input} and features {config.features}')
         self.config = config
         self.stride = run.views.frames//run.model.global_frames # frames between two of the global view
         self.attention_model = None
         if config.uses_attention:
-            model.check_trained(ATTENTION_PARTS, f'input {config.input}')
             self.attention_model = copy.deepcopy(model).eval().requires_grad_(False)
             del self.attention_model.local_encoder
         names = []
@@ -156,7 +168,6 @@ class Features(nn.Module):
             names += [name for name in ('global', 'local') if name in config.features]
         if 'audio' in config.modality:
             names.append('audio')
-        model.check_trained(names, f'modality {config.modality} with features {config.features}')
         self.encoders = nn.ModuleDict({name: getattr(model, f'{name}_encoder') for name in names})
         self.channels = sum(encoder.channels for encoder in self.encoders.values())
         self.register_buffer('mean', model.mean, persistent=False)
