@@ -31,7 +31,7 @@ class MoCoConfig(PretextConfig):
     queue: Annotated[StrictInt, Field(ge=2, le=10_000_000)] # keys of earlier steps that are the negatives, K
     temperature: Annotated[StrictFloat, Field(gt=0, le=1_000_000)] # divides the scores
     momentum: Annotated[StrictFloat, Field(ge=0, lt=1)] # m: what the key encoder keeps of itself in a step
-    key_groups: Annotated[StrictInt, Field(ge=2, le=65_536)] # of the shuffled batch; batch norm sees the keys of one at a time
+    key_groups: Annotated[StrictInt, Field(ge=2, le=65_536)] # parts of the shuffled batch, each normalised by itself
     losses: ClassVar[tuple[str, ...]] = ('contrast_loss',)
 
     @property
