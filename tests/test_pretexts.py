@@ -29,7 +29,7 @@ from glcm.training.pretrain import Stopped, train, wrap_network
 from glcm.training.step import training_step
 from test_resume import assert_equal_runs, write_clips
 
-VARIANTS = ['glcm', 'glcm_no_local', 'avts'] # rows of `variants`, each with another pretext or another part of one
+VARIANTS = ['glcm', 'glcm_no_local', 'moco', 'avts'] # rows of `variants`, each with another pretext or another part of one
 LATE = 5 # a step at which all that a pretext does is going on
 NAMES = [f'clip {k}' for k in range(8)]
 

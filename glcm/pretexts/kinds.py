@@ -11,15 +11,18 @@ from typing import Annotated
 from pydantic import Field
 
 from .avts import AVTSConfig
+from .moco import MoCoConfig
 from .pretext import GLCMConfig
 
 # %% ../../nbs/35b_pretexts.kinds.ipynb #004
 KINDS = ( # the values of each pretext
     GLCMConfig,
+    MoCoConfig,
     AVTSConfig,
 )
 AnyPretext = Annotated[ # what the section `pretext` holds
     GLCMConfig
+    | MoCoConfig
     | AVTSConfig,
     Field(discriminator='kind')]
 PAPER = GLCMConfig('glcm') # the paper's own, which trained the checkpoints that name none
