@@ -6,11 +6,20 @@
 __all__ = ['KINDS', 'AnyPretext', 'PAPER']
 
 # %% ../../nbs/35b_pretexts.kinds.ipynb #002
+from typing import Annotated
+
+from pydantic import Field
+
+from .avts import AVTSConfig
 from .pretext import GLCMConfig
 
 # %% ../../nbs/35b_pretexts.kinds.ipynb #004
 KINDS = ( # the values of each pretext
     GLCMConfig,
+    AVTSConfig,
 )
-AnyPretext = GLCMConfig # what the section `pretext` holds
+AnyPretext = Annotated[ # what the section `pretext` holds
+    GLCMConfig
+    | AVTSConfig,
+    Field(discriminator='kind')]
 PAPER = GLCMConfig('glcm') # the paper's own, which trained the checkpoints that name none

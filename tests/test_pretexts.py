@@ -1,0 +1,361 @@
+"""Every pretext keeps what training promises, and its loss is what its paper says.
+
+A new pretext is a row of `VARIANTS`; what is special in it is tested at the end of the file.
+"""
+import math
+import os
+import signal
+import textwrap
+from dataclasses import asdict
+
+import pytest
+import torch
+
+import glcm.training.pretrain as training
+from glcm.core import InputError, override, parse, root
+from glcm.distributed import launch
+from glcm.losses import ALONE
+from glcm.model import GLCM, PARTS
+from glcm.pretexts.avts import AVTSOutputs, half_length, hard_share, margin_losses
+from glcm.pretexts.pretext import prepare_views
+from glcm.tasks.config import parse_task
+from glcm.tasks.features import Features
+from glcm.tasks.localize import attention_heatmap, local_embeddings
+from glcm.testing import tiny_params
+from glcm.training.checkpoints import Resume, load_model, read_checkpoint
+from glcm.training.config import MachineConfig, RunConfig, run_config
+from glcm.training.pretrain import Stopped, train, wrap_network
+from glcm.training.step import training_step
+from test_resume import assert_equal_runs, write_clips
+
+VARIANTS = ['glcm', 'glcm_no_local', 'avts'] # rows of `variants`, each with another pretext or another part of one
+LATE = 5 # a step at which all that a pretext does is going on
+NAMES = [f'clip {k}' for k in range(8)]
+
+
+def run_of(variant, **changes):
+    "The tiny run of a variant, in float32, with other values of its sections."
+    params = override(tiny_params(), dict(pretrain=dict(precision='float32', batch=8)), 'the test')
+    run = asdict(run_config(params, variant, 0))
+    return parse(RunConfig, run | {name: run[name] | values for name, values in changes.items()}, 'the run')
+
+
+def batch_of(run, dtype=torch.float32):
+    "Eight clips of noise, with all that a pretext may ask for."
+    torch.manual_seed(1)
+    T, side, longest = run.views.frames, run.views.crop, run.views.shift
+    planes = torch.randint(0, 256, (2, 8, T, side*3//2, side), dtype=torch.uint8)
+    mel = torch.randn(2, 8, run.model.bands, run.model.mel_per_step*T, dtype=dtype)
+    second = dict(second_planes=planes[1], second_mel=mel[1], distance=torch.tensor([-7, 9]*4))
+    return second | dict(planes=planes[0], mel=mel[0], shift=torch.randint(-longest, longest + 1, (8,)), clip=NAMES)
+
+
+def share_of(batch, ranks):
+    "The clips of one rank, as the sampler shares a batch."
+    return {name: values[ranks.rank::ranks.size] for name, values in batch.items()}
+
+
+def new_network(run):
+    torch.manual_seed(0)
+    return run.pretext.network(GLCM(run.model), run)
+
+
+def one_step(run, ranks=ALONE, machine=None, step=LATE):
+    "Losses, gradients and state after a step in float64; batch norm is frozen, since it would look at the other clips."
+    network = new_network(run).double()
+    if machine is not None:
+        wrapped = wrap_network(network, run, machine, ranks)
+    else:
+        wrapped = network
+    wrapped.eval()
+    trained = [p for p in network.parameters() if p.requires_grad]
+    values = training_step(wrapped, torch.optim.SGD(trained, 0.), share_of(batch_of(run, torch.float64), ranks), run, step, ranks)
+    gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
+    return dict(values=values, gradients=gradients, state=network.state())
+
+
+def assert_same_step(found, expected):
+    "Losses, gradients and state are equal to within rounding."
+    assert found['values'] == pytest.approx(expected['values'], rel=1e-12)
+    assert found['gradients'].keys() == expected['gradients'].keys()
+    for part in ('gradients', 'state'):
+        assert found[part].keys() == expected[part].keys()
+        for name, tensor in expected[part].items():
+            torch.testing.assert_close(found[part][name], tensor, rtol=1e-8, atol=1e-11, msg=f'{part}: {name}')
+
+
+def machine_with(**changes):
+    return parse(MachineConfig, tiny_params()['machine'] | changes, 'machine')
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_step_trains_what_the_pretext_names(variant):
+    run = run_of(variant)
+    step = one_step(run)
+    assert list(step['values']) == [*run.columns, 'stop']
+    assert all(math.isfinite(step['values'][name]) for name in run.columns)
+    network = new_network(run)
+    assert set(step['gradients']) == {name for name, p in network.named_parameters() if p.requires_grad}
+    for name in PARTS:
+        prefix = 'model.project.' if name == 'projections' else f'model.{name}_encoder.'
+        trained = any(key.startswith(prefix) and gradient.any() for key, gradient in step['gradients'].items())
+        assert trained == (name in run.trained), name
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_the_named_parts_are_the_loss(variant):
+    "Weighted by one, or as the paper's local loss."
+    run = run_of(variant)
+    values = one_step(run)['values']
+    assert values['loss'] == pytest.approx(sum(values[name] for name in run.pretext.losses), rel=1e-12)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_parts_of_a_batch_are_the_batch(variant):
+    whole, in_parts = (one_step(run_of(variant, pretrain=dict(accumulate=count))) for count in (1, 4))
+    assert_same_step(in_parts, whole)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_batch_norm_counts_a_step_once(variant):
+    "Each part of the batch once, although it is computed twice; what the pretext does not train, not at all."
+    network = new_network(run_of(variant, pretrain=dict(accumulate=2))).train()
+    trained = [p for p in network.parameters() if p.requires_grad]
+    training_step(network, torch.optim.SGD(trained, 0.), batch_of(network.run), network.run, LATE)
+    for name in ('global', 'local', 'audio'):
+        counts = {int(value) for key, value in network.model.part(name).named_buffers() if key.endswith('tracked')}
+        assert counts == ({2} if name in network.run.trained else {0}), name
+
+
+@pytest.mark.parametrize('how', ['recompute', pytest.param('compile', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_gradients_stay_when_recomputed_or_compiled(variant, how):
+    run = run_of(variant)
+    assert_same_step(one_step(run, machine=machine_with(**{how: True})), one_step(run))
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_bfloat16_is_near(variant):
+    "Losses are computed in float32 from what autocast has made bfloat16."
+    values = {}
+    for precision in ('float32', 'bfloat16'):
+        network = new_network(run_of(variant, pretrain=dict(precision=precision))).eval()
+        trained = [p for p in network.parameters() if p.requires_grad]
+        values[precision] = training_step(network, torch.optim.SGD(trained, 0.), batch_of(network.run), network.run, LATE)
+    assert values['bfloat16'] == pytest.approx(values['float32'], rel=0.05, abs=0.02)
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_draws_belong_to_clips(variant):
+    "What a step draws for a clip does not depend on the clips beside it, and so not on the number of ranks."
+    network = new_network(run_of(variant)).eval()
+    views, order = prepare_views(batch_of(network.run)), torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
+    for step in range(LATE, LATE + 4):
+        torch.manual_seed(step)
+        straight = network.before_step(views, NAMES, step, ALONE)
+        mixed = network.before_step({name: view[order] for name, view in views.items()}, [NAMES[k] for k in order], step, ALONE)
+        for name, tensor in straight.items():
+            torch.testing.assert_close(mixed[name], tensor[order], msg=name)
+
+
+STEP = textwrap.dedent('''
+    """One step of each pretext on this rank's share of eight clips; the first rank keeps it."""
+    import sys
+    import torch
+    from glcm.distributed import process_group
+    from test_pretexts import VARIANTS, machine_with, one_step, run_of
+    with process_group() as ranks:
+        result = {}
+        for accumulate in (1, 2):
+            for variant in VARIANTS:
+                run = run_of(variant, pretrain=dict(accumulate=accumulate))
+                result[variant, accumulate] = one_step(run, ranks, machine_with())
+        if ranks.rank == 0:
+            torch.save(result, sys.argv[1])
+''')
+
+
+@pytest.fixture(scope='module', params=[2, pytest.param(4, marks=pytest.mark.slow)])
+def over_ranks(request, tmp_path_factory):
+    "A step of each pretext on several ranks."
+    folder = tmp_path_factory.mktemp('ranks')
+    (folder/'program.py').write_text(STEP)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv('PYTHONPATH', os.pathsep.join([str(root()), str(root()/'tests')]))
+        patch.setenv('OMP_NUM_THREADS', '1')
+        launch([str(folder/'program.py'), str(folder/'result')], request.param)
+    return torch.load(folder/'result')
+
+
+@pytest.mark.parametrize('accumulate', [1, 2])
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_step_over_ranks_is_that_of_one_process(over_ranks, variant, accumulate):
+    assert_same_step(over_ranks[variant, accumulate], one_step(run_of(variant)))
+
+
+@pytest.fixture(scope='module')
+def clips(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('pretexts')
+    write_clips(folder/'clips')
+    return folder
+
+
+def tiny_train(folder, variant, out, resume='resume', **changes):
+    "A run of six steps on the clips of `folder`, a checkpoint after each step."
+    run = run_of(variant, pretrain=dict(batch=3) | changes)
+    return train(run, machine_with(checkpoint_minutes=0.0), folder/'clips', folder/out, folder/f'{resume}-{variant}')
+
+
+def saved_state(folder):
+    "The newest state of an unfinished run."
+    return read_checkpoint(max(folder.glob('checkpoint-*.pt')))
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_interrupted_run_equals_unbroken_one(clips, variant, monkeypatch):
+    "Losses, weights, and also heads and state before the last step."
+    states = {}
+    def spy(self, history, *args):
+        save(self, history, *args)
+        states[len(history)] = saved_state(self.folder)['pretext']
+    save = Resume.save
+    monkeypatch.setattr(Resume, 'save', spy)
+    tiny_train(clips, variant, f'{variant}-unbroken')
+    unbroken = states.pop(6)
+
+    original = training.training_step
+    def interrupted_step(*args):
+        if args[4] == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+    monkeypatch.setattr(training, 'training_step', interrupted_step)
+    with pytest.raises(Stopped):
+        tiny_train(clips, variant, f'{variant}-again')
+    monkeypatch.setattr(training, 'training_step', original)
+    tiny_train(clips, variant, f'{variant}-again')
+    assert_equal_runs(clips/f'{variant}-again', clips/f'{variant}-unbroken')
+    assert states[6].keys() == unbroken.keys()
+    assert all(torch.equal(states[6][name], tensor) for name, tensor in unbroken.items())
+
+
+TASK = dict(target='label', epochs=1, batch=2, lr=0.001, weight_decay=0.0, frames=16)
+INPUTS = dict( # what a task takes -> the parts that it needs
+    local=(dict(features='local'), {'local'}),
+    both=(dict(features='global+local'), {'global', 'local'}),
+    sound=(dict(modality='audio'), {'audio'}),
+    attention=(dict(features='local', input='full_frame+attention'), set(PARTS)))
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_untrained_parts_are_refused(clips, variant):
+    "By every task, and by whatever looks at attention or synchronisation."
+    out = clips/f'{variant}-trained'
+    tiny_train(clips, variant, out.name, steps=1)
+    state = read_checkpoint(out/'checkpoint.pt')
+    assert state['model'].keys() == GLCM(run_of(variant).model).state_dict().keys()
+    assert state['trained'] == list(run_of(variant).trained) and 'pretext' not in state
+    model, run = load_model(out/'checkpoint.pt')
+    for values, needed in INPUTS.values():
+        config = parse_task(TASK | values, 'the task')
+        if needed <= set(model.trained):
+            Features(model, run, config)
+        else:
+            with pytest.raises(InputError, match='of the network, and pretraining has trained'):
+                Features(model, run, config)
+    views = prepare_views({name: values[:1] for name, values in batch_of(run).items()})
+    for function, needed in ((attention_heatmap, {'global', 'audio', 'projections'}), (local_embeddings, set(PARTS))):
+        if not needed <= set(model.trained):
+            with pytest.raises(InputError, match='of the network, and pretraining has trained'):
+                function(model, views['video'], views['audio'])
+
+
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_random_weights_are_allowed_for_everything(clips, variant):
+    "Without a step they are what trained ones are compared with."
+    out = clips/f'{variant}-random'
+    tiny_train(clips, variant, out.name, steps=0)
+    assert load_model(out/'checkpoint.pt')[0].trained == PARTS
+
+
+# AVTS
+
+def avts_losses(video, positive, negative, margin=0.99):
+    "The loss, with embeddings of any length."
+    terms = margin_losses(*map(half_length, (video, positive, negative)), margin)
+    return float(sum(terms).mean())
+
+
+def test_closed_forms_of_avts():
+    x, y, z = torch.eye(3, dtype=torch.float64)[:, None]
+    assert avts_losses(x, x, -x) == 0 # together, and as far apart as can be
+    assert avts_losses(x, x, x) == pytest.approx(0.99**2/2, rel=1e-12)
+    assert avts_losses(x, y, z) == pytest.approx((0.5 + (0.99 - math.sqrt(0.5))**2)/2, rel=1e-12)
+
+
+def slow_avts(outputs, views, margin):
+    "The loss of AVTS by its definition, clip by clip, in Python's numbers."
+    video, sound, second = (tensor.tolist() for tensor in outputs)
+    total, count = 0., 0
+    for k in range(len(video)):
+        hard = bool(views['hard'][k])
+        negative = second[k] if hard else sound[k - 1]
+        teaches = views['second_audible'][k] if hard else views['audible'][k - 1]
+        if not (views['audible'][k] and teaches):
+            continue
+        near = math.dist(video[k], sound[k])**2
+        far = max(0, margin - math.dist(video[k], negative))**2
+        total += (near + far)/2
+        count += 1
+    return total/count
+
+
+def example_of_avts(clips=9):
+    "Embeddings of length one half, some clips silent, some negatives hard."
+    g = torch.Generator().manual_seed(3)
+    z = half_length(torch.randn(3*clips, 5, generator=g, dtype=torch.float64)).unflatten(0, (3, clips))
+    flags = torch.rand(3, clips, generator=g)
+    views = dict(hard=flags[0] < 0.4, audible=flags[1] < 0.8, second_audible=flags[2] < 0.8)
+    return AVTSOutputs(*(part.clone().requires_grad_() for part in z)), views
+
+
+def test_avts_equals_its_definition():
+    network = new_network(run_of('avts'))
+    outputs, views = example_of_avts()
+    assert network.loss(outputs, views)['loss'].item() == pytest.approx(slow_avts(outputs, views, 0.99), rel=1e-12)
+
+
+def test_gradients_of_avts_are_zero_where_nothing_is_compared():
+    network = new_network(run_of('avts'))
+    outputs, views = example_of_avts()
+    network.loss(outputs, views)['loss'].backward()
+    before = torch.roll(views['audible'], 1)
+    useful = views['audible'] & torch.where(views['hard'], views['second_audible'], before)
+    assert not outputs.video.grad[~useful].any() and outputs.video.grad[useful].abs().sum(1).min() > 0
+    assert not outputs.second.grad[~(useful & views['hard'])].any()
+    next_takes_it = torch.roll(useful & ~views['hard'], -1) # as its easy negative
+    assert not outputs.sound.grad[~useful & ~next_takes_it].any()
+
+
+def test_avts_in_the_first_half_has_easy_negatives_alone():
+    config = run_of('avts').pretext
+    shares = [hard_share(step, 1000, config) for step in range(1000)]
+    assert shares == [0.]*500 + [config.hard]*500
+
+
+def test_avts_needs_another_clip_and_no_shift():
+    network = new_network(run_of('avts'))
+    outputs, views = example_of_avts(1)
+    with pytest.raises(InputError, match='needs two clips'):
+        network.loss(outputs, views)
+    with pytest.raises(InputError, match='views.shift: 0, not 3'):
+        run_of('avts', views=dict(shift=3))
+
+
+@pytest.mark.parametrize('variant, chance', [('avts', 0.99**2/4)])
+def test_a_tiny_run_learns(variant, chance):
+    "Eight clips by heart: below the least loss of a network that cannot tell a positive from a negative."
+    network = new_network(run_of(variant, pretrain=dict(steps=60, lr=0.003, schedule='constant', warmup_steps=5))).train()
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer, batch = torch.optim.AdamW(trained), batch_of(network.run)
+    losses = [training_step(network, optimizer, batch, network.run, step)['loss'] for step in range(60)]
+    assert losses[0] > chance and max(losses[-5:]) < 0.8*chance
