@@ -11,15 +11,18 @@ from typing import Annotated
 from pydantic import Field
 
 from .avts import AVTSConfig
+from .infomax import InfoMaxConfig
 from .pretext import GLCMConfig
 
 # %% ../../nbs/35b_pretexts.kinds.ipynb #004
 KINDS = ( # the values of each pretext
     GLCMConfig,
     AVTSConfig,
+    InfoMaxConfig,
 )
 AnyPretext = Annotated[ # what the section `pretext` holds
     GLCMConfig
-    | AVTSConfig,
+    | AVTSConfig
+    | InfoMaxConfig,
     Field(discriminator='kind')]
 PAPER = GLCMConfig('glcm') # the paper's own, which trained the checkpoints that name none
