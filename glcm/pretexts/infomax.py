@@ -69,18 +69,18 @@ class ResidualMLP(nn.Module):
 
 # %% ../../nbs/34_pretexts.infomax.ipynb #010
 def spread_cells(
-    draws: torch.Tensor, # (B, V) numbers from 0 to 1, exclusive
+    draws: torch.Tensor, # (B, V) float32, from 0 to 1, exclusive
     total: int, # cells of the map
 ) -> torch.Tensor: # (B, V) numbers of cells, ascending; (B, total) where that is less
     "A cell of each of V equal stretches of a map."
     count = min(draws.shape[1], total)
     stretches = torch.arange(count, device=draws.device)
-    cells = (stretches + draws[:, :count])*total/count
-    return cells.long().clamp(max=total - 1)
+    places = stretches + draws[:, :count].double() # in float32 the end of a stretch would be rounded to the next one
+    return (places*total/count).long()
 
 def take_cells(
     features: torch.Tensor, # (B, C, T, H, W)
-    draws: torch.Tensor, # (B, V) numbers from 0 to 1
+    draws: torch.Tensor, # (B, V) float32, from 0 to 1, exclusive
 ) -> torch.Tensor: # (B, V, C)
     "The features of some cells of each clip."
     flat = features.flatten(2)
@@ -127,7 +127,7 @@ class InfoMaxOutputs(NamedTuple):
 
 def infomax_losses(
     sequence: tuple, # mean (m, D), cells of layer3 and layer4 (m, V, D), that gives the antecedents
-    draws: torch.Tensor, # (m,) numbers from 0 to 1: which cell is an antecedent
+    draws: torch.Tensor, # (m,) float32, from 0 to 1: which cell is an antecedent
     other: tuple, # the same of the other sequence
     config: InfoMaxConfig,
     ranks: Ranks, # those whose clips are negatives
@@ -135,7 +135,7 @@ def infomax_losses(
     "The loss of one direction, by its parts."
     mean, _, layer4 = sequence
     clips = torch.arange(len(mean), device=mean.device)
-    cell = layer4[clips, (draws*layer4.shape[1]).long()]
+    cell = layer4[clips, (draws.double()*layer4.shape[1]).long()]
     cells3, cells4 = (gather_clips(cells, ranks) for cells in other[1:])
     own = own_rows(len(mean), ranks).to(mean.device)
     parts, squares = [], 0
@@ -158,9 +158,9 @@ class InfoMax(Pretext):
             self.heads[name] = nn.ModuleDict(heads)
 
     def before_step(self, views, clips, step, ranks):
-        generators = clip_generators(self.run, step, clips)
-        cells = np.stack([rng.random((4, self.run.pretext.cells)) for rng in generators]) # of two maps of two sequences
-        antecedents = np.stack([rng.random(2) for rng in generators])
+        generators, count = clip_generators(self.run, step, clips), self.run.pretext.cells
+        cells = np.stack([rng.random((4, count), np.float32) for rng in generators]) # of two maps of two sequences
+        antecedents = np.stack([rng.random(2, np.float32) for rng in generators])
         draws = dict(cells=torch.from_numpy(cells), antecedents=torch.from_numpy(antecedents))
         return views | {name: values.to(views['video'].device) for name, values in draws.items()}
 
