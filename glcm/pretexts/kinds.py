@@ -11,6 +11,7 @@ from typing import Annotated
 from pydantic import Field
 
 from .avts import AVTSConfig
+from .infomax import InfoMaxConfig
 from .moco import MoCoConfig
 from .pretext import GLCMConfig
 
@@ -19,10 +20,12 @@ KINDS = ( # the values of each pretext
     GLCMConfig,
     MoCoConfig,
     AVTSConfig,
+    InfoMaxConfig,
 )
 AnyPretext = Annotated[ # what the section `pretext` holds
     GLCMConfig
     | MoCoConfig
+    | InfoMaxConfig
     | AVTSConfig,
     Field(discriminator='kind')]
 PAPER = GLCMConfig('glcm') # the paper's own, which trained the checkpoints that name none
