@@ -33,6 +33,7 @@ from .model import ModelConfig
 from .pretexts.kinds import KINDS, AnyPretext
 from .training.config import MachineConfig, PretrainConfig, run_config
 from .tasks.config import SentenceConfig, TaskConfig, parse_task, task_config
+from .tasks.features import needed_parts
 
 # %% ../nbs/60_params.ipynb #005
 Names = Annotated[list[Name], Field(min_length=1)]
@@ -171,12 +172,27 @@ def _tasks(params: dict) -> Iterator[str]:
         except InputError as e:
             yield str(e)
 
+def _untrained(params: dict) -> Iterator[str]:
+    "Variants that are finetuned with an encoder that their pretext does not train."
+    for task, settings in params['experiments'].items():
+        for setting, variants in settings.items():
+            try:
+                needed = needed_parts(task_config(params, task, setting))
+                trained = {variant: run_config(params, variant, 0).trained for variant in variants}
+            except InputError:
+                continue # reported by another check
+            for variant, parts in trained.items():
+                if missing := [part for part in needed if part not in parts]:
+                    yield (f'experiments.{task}.{setting} names {variant!r}, which does not train {" and ".join(missing)}: '
+                           f'name a setting that uses {", ".join(parts)} alone')
+
 # %% ../nbs/60_params.ipynb #014
 BETWEEN = {
     _names: ('matrix', 'experiments', 'datasets', 'variants', 'localize', 'finetune', 'settings'),
     _readers: ('datasets',),
     _runs: ('matrix', 'audio', 'datasets', 'views', 'model', 'loss', 'pretrain', 'pretext', 'variants'),
-    _tasks: ('experiments', 'datasets', 'finetune', 'settings')} # check -> the sections that it reads
+    _tasks: ('experiments', 'datasets', 'finetune', 'settings'),
+    _untrained: tuple(name for name in get_type_hints(Params) if name not in ('study', 'figures', 'machine'))} # check -> the sections that it reads
 
 def _mistakes(sections: dict) -> list[str]:
     "All that is wrong with a file's sections, each once."
