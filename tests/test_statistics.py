@@ -41,9 +41,11 @@ def test_intervals_of_correlated_clips_cover_the_truth(groups):
         def accuracy(counts):
             return dict(top1=counts @ correct/counts.sum())
 
-        by_group.append(covers(with_intervals(accuracy, group, samples=500).loc['top1'], truth))
+        interval = with_intervals(accuracy, group, samples=500).loc['top1']
+        by_group.append(covers(interval, truth))
         if k % 3 == 0:
-            by_clip.append(covers(with_intervals(accuracy, np.arange(len(group)), samples=200).loc['top1'], truth))
+            interval = with_intervals(accuracy, np.arange(len(group)), samples=200).loc['top1']
+            by_clip.append(covers(interval, truth))
     assert 0.88 <= np.mean(by_group) <= 0.99
     assert np.mean(by_clip) < 0.75
 
@@ -52,7 +54,8 @@ def test_too_few_groups_have_no_interval():
     correct = np.tile([True, False, True], 12)
 
     def scores(groups):
-        return task_scores(classified(correct, [f's{k % groups}' for k in range(36)])).loc['top1']
+        speakers = [f's{k % groups}' for k in range(36)]
+        return task_scores(classified(correct, speakers)).loc['top1']
 
     enough = scores(MIN_GROUPS)
     few = scores(MIN_GROUPS - 1)
@@ -108,11 +111,15 @@ def two_variants(rng, groups=16, clips=6, seeds=2, gain=0.06):
     "Shares of time steps found in clips of some sources, by two variants that mostly agree, with several seeds."
     numbers = np.arange(groups*clips)
     rows = pd.DataFrame(dict(clip=numbers.astype(str), group=[f's{k//clips}' for k in numbers], offset=0))
-    shared = np.repeat(rng.normal(0.5, 0.2, size=groups), clips) + rng.normal(0, 0.05, size=len(rows))
+    by_group = rng.normal(0.5, 0.2, size=groups)
+    shared = np.repeat(by_group, clips) + rng.normal(0, 0.05, size=len(rows))
     gains = np.repeat(rng.normal(gain, 0.05, size=groups), clips)
 
     def variant(level):
-        tables = [rows.assign(seed=seed, hits=level + rng.normal(0, 0.05, size=len(rows))) for seed in range(seeds)]
+        tables = []
+        for seed in range(seeds):
+            noise = rng.normal(0, 0.05, size=len(rows))
+            tables.append(rows.assign(seed=seed, hits=level + noise))
         return pd.concat(tables, ignore_index=True)
 
     return variant(shared + gains), variant(shared)
@@ -128,9 +135,10 @@ def test_paired_intervals_cover_the_difference_and_are_narrow():
         above_zero.append(difference.low > 0)
     assert 0.88 <= np.mean(covered) <= 0.99
     assert np.mean(above_zero) > 0.9
-    alone = [task_scores(table, samples=300).loc['synchronisation'] for table in (ours, theirs)]
-    assert difference.high - difference.low < 0.5*min(one.high - one.low for one in alone)
-    assert max(one.low for one in alone) < min(one.high for one in alone)  # their own intervals overlap
+    first, second = (task_scores(table, samples=300).loc['synchronisation'] for table in (ours, theirs))
+    narrowest = min(first.high - first.low, second.high - second.low)
+    assert difference.high - difference.low < 0.5*narrowest
+    assert first.low < second.high and second.low < first.high  # their own intervals overlap
     assert (difference.clips, difference.groups, difference.seeds) == (96, 16, 2)
 
 
