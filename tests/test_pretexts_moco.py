@@ -256,8 +256,7 @@ def test_values_that_do_not_fit_are_refused(changes, message):
 @pytest.mark.parametrize('queue', [4_096, 65_536])
 def test_sizes_of_the_paper_fit(queue):
     params = read_params(root()/'params.paper.yaml')
-    row = read_params()['variants']['moco']['pretext'] | dict(queue=queue, momentum=0.999)
-    params['variants']['moco'] = dict(pretext=row)
+    params['variants']['moco']['pretext'] |= dict(queue=queue)
     config = run_config(params, 'moco', 0)
     assert config.pretext == replace(config.pretext, queue=queue, embedding=128, temperature=0.07, momentum=0.999)
     assert (config.trained, config.columns) == (('local',), ('loss', 'contrast_loss', 'lr'))
