@@ -221,6 +221,16 @@ def test_the_global_encoder_sees_few_frames(seen):
     assert all(torch.equal(a, b) for a, b in zip(outputs_with(network, views, second_video=between), outputs))
 
 
+def test_each_map_has_its_own_draws(seen):
+    network, views, outputs = seen
+    for k, name in enumerate(('local_layer3', 'local_layer4', 'global_layer3', 'global_layer4')):
+        cells = views['cells'].clone()
+        cells[:, k] = cells[:, k]/2
+        found = outputs_with(network, views, cells=cells)
+        changed = [field for field in found._fields if not torch.equal(getattr(found, field), getattr(outputs, field))]
+        assert changed == [name]
+
+
 def test_sound_plays_no_part(seen):
     network, views, outputs = seen
     assert all(torch.equal(a, b) for a, b in zip(outputs_with(network, views, audio=views['audio'] + 1), outputs))
