@@ -28,7 +28,7 @@ from glcm.training.pretrain import Stopped, train, wrap_network
 from glcm.training.step import training_step
 from test_resume import assert_equal_runs, write_clips
 
-VARIANTS = ['glcm', 'glcm_no_local', 'avts'] # rows of `variants`, each with another pretext or another part of one
+VARIANTS = ['glcm', 'glcm_no_local', 'cpc', 'dpc', 'avts'] # rows of `variants`, each with another pretext or another part of one
 LATE = 5 # a step at which all that a pretext does is going on
 NAMES = [f'clip {k}' for k in range(8)]
 
@@ -351,7 +351,7 @@ def test_avts_needs_another_clip_and_no_shift():
         run_of('avts', views=dict(shift=3))
 
 
-@pytest.mark.parametrize('variant, chance', [('avts', 0.99**2/4)])
+@pytest.mark.parametrize('variant, chance', [('cpc', math.log(8*4)), ('dpc', math.log(8*16)), ('avts', 0.99**2/4)])
 def test_a_tiny_run_learns(variant, chance):
     "Eight clips by heart: below the least loss of a network that cannot tell a positive from a negative."
     network = new_network(run_of(variant, pretrain=dict(steps=60, lr=0.003, schedule='constant', warmup_steps=5))).train()

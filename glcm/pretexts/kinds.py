@@ -11,15 +11,21 @@ from typing import Annotated
 from pydantic import Field
 
 from .avts import AVTSConfig
+from .cpc import CPCConfig
+from .dpc import DPCConfig
 from .pretext import GLCMConfig
 
 # %% ../../nbs/35b_pretexts.kinds.ipynb #004
 KINDS = ( # the values of each pretext
     GLCMConfig,
+    CPCConfig,
+    DPCConfig,
     AVTSConfig,
 )
 AnyPretext = Annotated[ # what the section `pretext` holds
     GLCMConfig
+    | CPCConfig
+    | DPCConfig
     | AVTSConfig,
     Field(discriminator='kind')]
 PAPER = GLCMConfig('glcm') # the paper's own, which trained the checkpoints that name none
