@@ -2,6 +2,7 @@
 
 A new pretext is a row of `VARIANTS`; what is special in it is tested at the end of the file.
 """
+import copy
 import math
 import os
 import signal
@@ -16,8 +17,8 @@ from glcm.core import InputError, override, parse, root
 from glcm.distributed import launch
 from glcm.losses import ALONE
 from glcm.model import GLCM, PARTS
-from glcm.pretexts.avts import AVTSOutputs, half_length, hard_share, margin_losses
-from glcm.pretexts.pretext import prepare_views
+from glcm.pretexts.avts import AVTS, AVTSOutputs, half_length, hard_share, margin_losses
+from glcm.pretexts.pretext import gather_clips, prepare_views
 from glcm.tasks.config import parse_task
 from glcm.tasks.features import Features
 from glcm.tasks.localize import attention_heatmap, local_embeddings
@@ -55,14 +56,35 @@ def share_of(batch, ranks):
     return {name: values[ranks.rank::ranks.size] for name, values in batch.items()}
 
 
-def new_network(run):
+class Stateful(AVTS):
+    "All that a pretext may have: a copy that follows, a queue of the last 16 sounds, and a count of the steps."
+    def __init__(self, model, run):
+        super().__init__(model, run)
+        self.follower = copy.deepcopy(self.sound).requires_grad_(False)
+        self.register_buffer('queue', torch.zeros(16, run.pretext.embedding))
+        self.register_buffer('steps', torch.zeros((), dtype=torch.long))
+
+    def before_step(self, views, clips, step, ranks):
+        self.steps += 1
+        for own, followed in zip(self.follower.parameters(), self.sound.parameters()):
+            own.lerp_(followed, 0.1)
+        return super().before_step(views, clips, step, ranks)
+
+    def after_step(self, outputs, views, ranks):
+        sounds = gather_clips(outputs.sound, ranks)
+        self.queue.copy_(torch.cat([self.queue, sounds])[-16:])
+
+
+def new_network(run, kind=None):
+    "A network in training, of the run's pretext or of another class."
     torch.manual_seed(0)
-    return run.pretext.network(GLCM(run.model), run)
+    model = GLCM(run.model)
+    return kind(model, run) if kind else run.pretext.network(model, run)
 
 
-def one_step(run, ranks=ALONE, machine=None, step=LATE):
+def one_step(run, ranks=ALONE, machine=None, step=LATE, kind=None):
     "Losses, gradients and state after a step in float64; batch norm is frozen, since it would look at the other clips."
-    network = new_network(run).double()
+    network = new_network(run, kind).double()
     if machine is not None:
         wrapped = wrap_network(network, run, machine, ranks)
     else:
@@ -163,13 +185,14 @@ STEP = textwrap.dedent('''
     import sys
     import torch
     from glcm.distributed import process_group
-    from test_pretexts import VARIANTS, machine_with, one_step, run_of
+    from test_pretexts import VARIANTS, Stateful, machine_with, one_step, run_of
     with process_group() as ranks:
         result = {}
         for accumulate in (1, 2):
             for variant in VARIANTS:
                 run = run_of(variant, pretrain=dict(accumulate=accumulate))
                 result[variant, accumulate] = one_step(run, ranks, machine_with())
+        result['stateful'] = one_step(run_of('avts'), ranks, machine_with(), kind=Stateful)
         if ranks.rank == 0:
             torch.save(result, sys.argv[1])
 ''')
@@ -191,6 +214,38 @@ def over_ranks(request, tmp_path_factory):
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_a_step_over_ranks_is_that_of_one_process(over_ranks, variant, accumulate):
     assert_same_step(over_ranks[variant, accumulate], one_step(run_of(variant)))
+
+
+def test_state_over_ranks_is_that_of_one_process(over_ranks):
+    "The queue too has the clips in the order of the batch."
+    expected = one_step(run_of('avts'), kind=Stateful)
+    assert expected['state']['queue'][-8:].any(dim=1).all() and not expected['state']['queue'][:8].any()
+    assert_same_step(over_ranks['stateful'], expected)
+
+
+@pytest.mark.parametrize('accumulate', [1, 4])
+def test_state_changes_once_a_step(accumulate, tmp_path):
+    "In a batch of several parts as well; and a resumed run has it again."
+    run = run_of('avts', pretrain=dict(accumulate=accumulate, lr=1e-12)) # weights stay as they are
+    network, batch = new_network(run, Stateful).eval(), batch_of(run)
+    torch.nn.init.zeros_(network.follower.weight)
+    trained = [p for p in network.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(trained, 0.)
+    with torch.no_grad():
+        sounds = network(network.before_step(prepare_views(batch), NAMES, 0, ALONE)).sound # the first of four
+    for step in range(1, 4):
+        training_step(network, optimizer, batch, run, step)
+    assert network.steps == 4
+    torch.testing.assert_close(network.follower.weight, (1 - 0.9**4)*network.sound.weight)
+    torch.testing.assert_close(network.queue, torch.cat([sounds, sounds]), rtol=1e-4, atol=1e-5)
+
+    row = dict.fromkeys(run.columns, 0.)
+    Resume(tmp_path, run, 'no data').save([row], network, optimizer)
+    restored = new_network(run, Stateful)
+    Resume(tmp_path, run, 'no data').restore(restored, torch.optim.SGD([p for p in restored.parameters() if p.requires_grad], 0.))
+    assert restored.state().keys() == network.state().keys()
+    assert all(torch.equal(tensor, network.state()[name]) for name, tensor in restored.state().items())
+    assert not set(network.state()) & set(saved_state(tmp_path)['model'])
 
 
 @pytest.fixture(scope='module')
