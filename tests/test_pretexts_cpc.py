@@ -33,7 +33,8 @@ def seen_blocks(output, frames, length):
 
 def random_outputs(clips, pairs, blocks=4, size=6):
     torch.manual_seed(5)
-    return CPCOutputs(*(torch.randn(clips, count, size, dtype=torch.float64).requires_grad_() for count in (pairs, blocks)))
+    shapes = (clips, pairs, size), (clips, blocks, size)
+    return CPCOutputs(*(torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes))
 
 
 def slow_losses(predictions, places, candidates):

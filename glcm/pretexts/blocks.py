@@ -77,8 +77,8 @@ class BlockConfig(PretextConfig):
     def check(self, run):
         frames, length = run.views.frames, self.block_frames
         if frames % length:
-            raise InputError(f'pretext {self.kind} cuts a view into blocks, and pretext.block_frames: {length} does not '
-                             f'divide views.frames: {frames}; change one of the two')
+            raise InputError(f'pretext {self.kind} cuts a view into blocks, and pretext.block_frames: {length} '
+                             f'does not divide views.frames: {frames}; change one of the two')
         if self.predicted >= frames//length:
-            raise InputError(f'pretext.predicted: {self.predicted} leaves none of the {frames//length} blocks of a view '
-                             'to predict from: lower it, or lower pretext.block_frames')
+            raise InputError(f'pretext.predicted: {self.predicted} leaves none of the {frames//length} blocks of '
+                             'a view to predict from: lower it, or lower pretext.block_frames')
