@@ -29,7 +29,7 @@ from glcm.training.pretrain import Stopped, train, wrap_network
 from glcm.training.step import training_step
 from test_resume import assert_equal_runs, write_clips
 
-VARIANTS = ['glcm', 'glcm_no_local', 'moco', 'infomax', 'avts'] # rows of `variants`, each with another pretext or another part of one
+VARIANTS = ['glcm', 'glcm_no_local', 'moco', 'cpc', 'dpc', 'infomax', 'avts'] # rows of `variants`, each with another pretext or part of one
 LATE = 5 # a step at which all that a pretext does is going on
 NAMES = [f'clip {k}' for k in range(8)]
 
@@ -407,10 +407,13 @@ def test_avts_needs_another_clip_and_no_shift():
 
 
 @pytest.mark.parametrize('variant, chance', [
-    ('avts', 0.99**2/4),
-    ('infomax', 3*math.log(1 + 7*32))])
+    ('cpc', math.log(8*4)),
+    ('dpc', math.log(8)),
+    ('infomax', 3*math.log(1 + 7*32)),
+    ('avts', 0.99**2/4)])
 def test_a_tiny_run_learns(variant, chance):
-    "Eight clips by heart: below the least loss of a network that cannot tell a positive from a negative."
+    """Eight clips by heart: below the least loss of a network that cannot tell a positive from a negative.
+    In DPC it can tell cells of a clip by padding, and chance is that of clips."""
     network = new_network(run_of(variant, pretrain=dict(steps=60, lr=0.003, schedule='constant', warmup_steps=5))).train()
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer, batch = torch.optim.AdamW(trained), batch_of(network.run)

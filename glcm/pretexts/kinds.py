@@ -11,6 +11,8 @@ from typing import Annotated
 from pydantic import Field
 
 from .avts import AVTSConfig
+from .cpc import CPCConfig
+from .dpc import DPCConfig
 from .infomax import InfoMaxConfig
 from .moco import MoCoConfig
 from .pretext import GLCMConfig
@@ -19,12 +21,16 @@ from .pretext import GLCMConfig
 KINDS = ( # the values of each pretext
     GLCMConfig,
     MoCoConfig,
+    CPCConfig,
+    DPCConfig,
     AVTSConfig,
     InfoMaxConfig,
 )
 AnyPretext = Annotated[ # what the section `pretext` holds
     GLCMConfig
     | MoCoConfig
+    | CPCConfig
+    | DPCConfig
     | InfoMaxConfig
     | AVTSConfig,
     Field(discriminator='kind')]
