@@ -299,7 +299,8 @@ def test_one_clip_in_a_part_is_refused():
 
 
 @pytest.mark.parametrize('values, message', [
-    (dict(cells=0), 'cells should be 1 or more'), (dict(largest_score=0.), 'largest_score'), (dict(penalty=-1.), 'penalty')])
+    (dict(cells=0), 'cells should be 1 or more'), (dict(largest_score=0.), 'largest_score'),
+    (dict(penalty=-1.), 'penalty')])
 def test_impossible_values_are_refused(values, message):
     with pytest.raises(InputError, match=message):
         run_of('infomax', pretext=values)

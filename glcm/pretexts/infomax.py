@@ -28,7 +28,7 @@ class InfoMaxConfig(PretextConfig):
     "Mutual information of two sequences of a clip (Video-DIM, Hjelm & Bachman 2020)."
     kind: Literal['infomax'] # which cells belong to a clip that was seen at another rate?
     embedding: Size # size D of the embeddings
-    cells: Annotated[StrictInt, Field(ge=1, le=100_000)] # drawn of each feature map of a clip, V; all, where it has fewer
+    cells: Annotated[StrictInt, Field(ge=1, le=100_000)] # drawn of each map of a clip, V; all, where it has fewer
     largest_score: Annotated[StrictFloat, Field(gt=0, le=1_000_000)] # that scores come near to, at most
     penalty: Annotated[StrictFloat, Field(ge=0, le=1_000)] # weight of the mean of the squared scores
     losses: ClassVar[tuple[str, ...]] = ('layer3_loss', 'layer4_loss', 'cell_loss', 'penalty_loss')
