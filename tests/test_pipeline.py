@@ -145,11 +145,11 @@ def test_names_reach_no_shell_and_leave_no_folder(project, name):
 
 
 def test_a_study_runs_beside_the_default_run(project):
-    "In a folder of its own; what both have in common comes from the cache, and nothing of the default run is touched."
+    "In a folder of its own; trainings that both have in common come from the cache, and nothing of the default run is touched."
     (project/'params.alone.yaml').write_text('matrix: {variants: [glcm]}\nexperiments: {esc50: {plain: [glcm]}}\n')
     kept = {name: (project/name).read_bytes() for name in ('params.yaml', 'dvc.yaml', 'dvc.lock')}
     output = run(project, sys.executable, '-m', 'glcm.study', 'alone')
-    assert ran(output) == {'figures'}, 'all else stands in the cache'
+    assert ran(output) == {'check', 'preprocess', 'finetune', 'figures'}, 'gather, pretrain and localize stand in the cache'
     assert pd.read_csv(project/'results'/'alone'/'metrics.csv').variant.tolist() == ['glcm']
     assert {name: (project/name).read_bytes() for name in kept} == kept
     assert to_run(project) == set()
