@@ -145,12 +145,16 @@ def test_names_reach_no_shell_and_leave_no_folder(project, name):
 
 
 def test_a_study_runs_beside_the_default_run(project):
-    "In a folder of its own; trainings that both have in common come from the cache, and nothing of the default run is touched."
-    (project/'params.alone.yaml').write_text('matrix: {variants: [glcm]}\nexperiments: {esc50: {plain: [glcm]}}\n')
+    """In a folder of its own, with another pretext that is finetuned for nothing; a training that both have in common
+    comes from the cache, and nothing of the default run is touched."""
+    (project/'params.more.yaml').write_text('matrix: {variants: [glcm, avts]}\nexperiments: {esc50: {plain: [glcm]}}\n')
     kept = {name: (project/name).read_bytes() for name in ('params.yaml', 'dvc.yaml', 'dvc.lock')}
-    output = run(project, sys.executable, '-m', 'glcm.study', 'alone')
-    assert ran(output) == {'check', 'preprocess', 'finetune', 'figures'}, 'gather, pretrain and localize stand in the cache'
-    assert pd.read_csv(project/'results'/'alone'/'metrics.csv').variant.tolist() == ['glcm']
+    output = run(project, sys.executable, '-m', 'glcm.study', 'more')
+    stages = {line.split("'")[1] for line in output.splitlines() if line.startswith('Running stage')}
+    assert {name for name in stages if name.startswith(('gather', 'pretrain', 'localize'))} == {'pretrain@avts-0', 'localize@avts-0'}
+    metrics = pd.read_csv(project/'results'/'more'/'metrics.csv').set_index('variant')
+    assert metrics.index.tolist() == ['glcm', 'avts']
+    assert metrics.loc['glcm', ['pointing', 'esc50']].notna().all() and metrics.loc['avts', ['pointing', 'esc50']].isna().all()
     assert {name: (project/name).read_bytes() for name in kept} == kept
     assert to_run(project) == set()
 
