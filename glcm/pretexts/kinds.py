@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from .avslowfast import AVSlowFastConfig
 from .avts import AVTSConfig
 from .infomax import InfoMaxConfig
 from .pretext import GLCMConfig
@@ -18,11 +19,13 @@ from .pretext import GLCMConfig
 KINDS = ( # the values of each pretext
     GLCMConfig,
     AVTSConfig,
+    AVSlowFastConfig,
     InfoMaxConfig,
 )
 AnyPretext = Annotated[ # what the section `pretext` holds
     GLCMConfig
     | AVTSConfig
+    | AVSlowFastConfig
     | InfoMaxConfig,
     Field(discriminator='kind')]
 PAPER = GLCMConfig('glcm') # the paper's own, which trained the checkpoints that name none
