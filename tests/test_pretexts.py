@@ -29,7 +29,8 @@ from glcm.training.pretrain import Stopped, train, wrap_network
 from glcm.training.step import training_step
 from test_resume import assert_equal_runs, write_clips
 
-VARIANTS = ['glcm', 'glcm_no_local', 'moco', 'cpc', 'dpc', 'infomax', 'avts'] # rows of `variants`, each with another pretext or part of one
+# rows of `variants`, each with another pretext or part of one
+VARIANTS = ['glcm', 'glcm_no_local', 'moco', 'cpc', 'dpc', 'infomax', 'avts', 'avslowfast']
 LATE = 5 # a step at which all that a pretext does is going on
 NAMES = [f'clip {k}' for k in range(8)]
 
@@ -410,7 +411,8 @@ def test_avts_needs_another_clip_and_no_shift():
     ('cpc', math.log(8*4)),
     ('dpc', math.log(8)),
     ('infomax', 3*math.log(1 + 7*32)),
-    ('avts', 0.99**2/4)])
+    ('avts', 0.99**2/4),
+    ('avslowfast', 3*0.99**2/4 + math.log(4))])
 def test_a_tiny_run_learns(variant, chance):
     """Eight clips by heart: below the least loss of a network that cannot tell a positive from a negative.
     In DPC it can tell cells of a clip by padding, and chance is that of clips."""

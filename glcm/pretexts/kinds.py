@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from .avslowfast import AVSlowFastConfig
 from .avts import AVTSConfig
 from .cpc import CPCConfig
 from .dpc import DPCConfig
@@ -24,6 +25,7 @@ KINDS = ( # the values of each pretext
     CPCConfig,
     DPCConfig,
     AVTSConfig,
+    AVSlowFastConfig,
     InfoMaxConfig,
 )
 AnyPretext = Annotated[ # what the section `pretext` holds
@@ -32,6 +34,7 @@ AnyPretext = Annotated[ # what the section `pretext` holds
     | CPCConfig
     | DPCConfig
     | InfoMaxConfig
-    | AVTSConfig,
+    | AVTSConfig
+    | AVSlowFastConfig,
     Field(discriminator='kind')]
 PAPER = GLCMConfig('glcm') # the paper's own, which trained the checkpoints that name none
