@@ -15,6 +15,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import field
 from difflib import get_close_matches
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
 
@@ -172,19 +173,32 @@ def _tasks(params: dict) -> Iterator[str]:
         except InputError as e:
             yield str(e)
 
-def _untrained(params: dict) -> Iterator[str]:
-    "Variants that are finetuned with an encoder that their pretext does not train."
+# %% ../nbs/60_params.ipynb #012v
+def _needed(params: dict) -> Iterator[tuple[str, str, str]]: # experiment, variant and a part of the network
+    "Which parts of its network each experiment takes of each variant."
     for task, settings in params['experiments'].items():
         for setting, variants in settings.items():
             try:
-                needed = needed_parts(task_config(params, task, setting))
-                trained = {variant: run_config(params, variant, 0).trained for variant in variants}
-            except InputError:
-                continue # reported by another check
-            for variant, parts in trained.items():
-                if missing := [part for part in needed if part not in parts]:
-                    yield (f'experiments.{task}.{setting} names {variant!r}, which does not train {" and ".join(missing)}: '
-                           f'name a setting that uses {", ".join(parts)} alone')
+                parts = needed_parts(task_config(params, task, setting))
+            except InputError: # reported by `_tasks`
+                continue
+            for variant, part in product(variants, parts):
+                yield f'{task}.{setting}', variant, part
+
+def _untrained(params: dict) -> Iterator[str]:
+    "Variants that are finetuned with parts of the network that their pretext does not train."
+    experiments = defaultdict(list) # variant and part -> the experiments that take it
+    for experiment, variant, part in _needed(params):
+        experiments[variant, part].append(experiment)
+    for (variant, part), names in experiments.items():
+        try:
+            trained = run_config(params, variant, 0).trained
+        except InputError: # reported by `_runs`
+            continue
+        if part not in trained:
+            more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+            yield (f'variant {variant} does not train the part {part!r}, which experiments {", ".join(names[:3])}{more} use: '
+                   f'take it out of them, or name settings that use its {", ".join(trained)}')
 
 # %% ../nbs/60_params.ipynb #014
 BETWEEN = {
