@@ -73,7 +73,7 @@ def embed_layers(
 
 # %% ../../nbs/35a_pretexts.avslowfast.ipynb #014
 class AVSlowFastOutputs(NamedTuple):
-    "Embeddings of some clips, and what is thought of their orientation."
+    "Embeddings of some clips, and scores of their orientations."
     video: torch.Tensor # (B, 3, D) of the frames, after each of `LAYERS`
     sound: torch.Tensor # (B, 3, D) of their sound
     second: torch.Tensor # (B, 3, D) of the second window
