@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Names', 'Experiments', 'FROM_SOUND', 'FROM_MODEL', 'ModelSection', 'LossSection', 'SettingChanges', 'BETWEEN',
-           'CLASSES', 'MatrixConfig', 'LocalizeConfig', 'FiguresConfig', 'TaskChanges', 'VariantChanges', 'Params',
-           'check_params', 'schema', 'main']
+           'CLASSES', 'ROWS', 'MatrixConfig', 'LocalizeConfig', 'FiguresConfig', 'TaskChanges', 'VariantChanges',
+           'Params', 'check_params', 'schema', 'main']
 
 # %% ../nbs/60_params.ipynb #002
 import argparse
@@ -242,8 +242,30 @@ def _meanings() -> dict: # beginning of the class's name, e.g. Loss -> parameter
         meanings[cls.__name__.removesuffix('Config').removesuffix('Changes')] = {k: v for comments in parents for k, v in comments.items() if v}
     return meanings
 
+ROWS = 'experiments', 'datasets', 'variants', 'finetune', 'settings' # sections whose names are the user's
+
+def _loosen(part):
+    "Require nothing in a schema; a section without the name of its kind may be of several."
+    if isinstance(part, dict):
+        part.pop('required', None)
+        if 'oneOf' in part:
+            part['anyOf'] = part.pop('oneOf')
+            part.pop('discriminator', None)
+    values = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    for value in values:
+        _loosen(value)
+
+def _for_studies(whole: dict) -> dict:
+    "A schema, such that a file may leave out what another one holds, and take out its rows."
+    _loosen(whole)
+    for section in ROWS:
+        rows = whole['properties'][section]['patternProperties'] # pattern of a name -> schema of a row
+        for pattern, row in rows.items():
+            rows[pattern] = dict(anyOf=[row, dict(type='null')])
+    return whole
+
 def schema() -> dict:
-    "What a params.yaml may hold, as a JSON schema."
+    "What a params.yaml, or the file of a study, may hold, as a JSON schema."
     whole, meanings = TypeAdapter(Params).json_schema(), _meanings()
     meanings['Setting'] = meanings['Task'] = meanings['Sentence']
     for name, part in [('Params', whole), *whole['$defs'].items()]:
@@ -252,7 +274,7 @@ def schema() -> dict:
             values.pop('title', None)
             if known.get(parameter):
                 values['description'] = known[parameter]
-    return whole
+    return _for_studies(whole)
 
 # %% ../nbs/60_params.ipynb #023
 def main(arguments: list[str] | None = None):

@@ -6,6 +6,7 @@ import re
 import shlex
 from dataclasses import FrozenInstanceError
 
+import jsonschema
 import pytest
 import yaml
 from dvc.parsing.interpolate import to_str
@@ -80,6 +81,17 @@ def test_schema_in_git_is_the_current_one():
     made = json.loads((root()/'params.schema.json').read_text())
     assert made == schema(), 'python -m glcm.params schema --out params.schema.json'
     assert all((root()/file).read_text().startswith('# yaml-language-server: $schema=params.schema.json\n') for file in FILES)
+
+
+@pytest.mark.parametrize('file', FILES)
+def test_editors_find_no_mistake_in_the_files(file):
+    jsonschema.validate(read_params(root()/file), schema())
+
+
+@pytest.mark.parametrize('text', ['loss: {temperature: 0}', 'model: {widht: 3}', 'variants: {a: {pretext: {queue: 1.5}}}', 'seeds: [0]'])
+def test_editors_find_mistakes(text):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(yaml.safe_load(text), schema())
 
 
 def test_every_parameter_has_a_meaning():
