@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from glcm.core import InputError, read_params, root
+from glcm.core import InputError, read_study, root
 from glcm.distributed import launch
 from glcm.losses import ALONE
 from glcm.pretexts.moco import follow, key_groups, queue_loss, shuffled
@@ -255,8 +255,8 @@ def test_values_that_do_not_fit_are_refused(changes, message):
 
 @pytest.mark.parametrize('queue', [4_096, 65_536])
 def test_sizes_of_the_paper_fit(queue):
-    params = read_params(root()/'params.paper.yaml')
-    params['variants']['moco']['pretext'] |= dict(queue=queue)
+    params = read_study('paper')
+    params['variants']['moco'] = dict(pretext=params['variants']['moco']['pretext'] | dict(queue=queue)) # of all clips
     config = run_config(params, 'moco', 0)
     assert config.pretext == replace(config.pretext, queue=queue, embedding=128, temperature=0.07, momentum=0.999)
     assert (config.trained, config.columns) == (('local',), ('loss', 'contrast_loss', 'lr'))

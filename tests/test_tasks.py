@@ -30,7 +30,7 @@ from glcm.training.config import run_config
 
 CPU = torch.device('cpu')
 BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
-PARAMS = tiny_params()
+PARAMS = tiny_params('full')
 RUN = run_config(PARAMS, 'glcm', 0)
 
 
