@@ -112,7 +112,7 @@ def test_large_scores_stay_finite():
     "Raw dot products may grow: a wrong prediction costs the difference of the scores."
     predictions, candidates = torch.tensor([[[1e4]]]), torch.tensor([[[1.], [-1.]]])
     losses = prediction_losses(predictions, [1], candidates)
-    assert float(losses['loss']) == pytest.approx(2e4) and float(losses['clip_loss']) == 0
+    assert losses['loss'].item() == pytest.approx(2e4) and losses['clip_loss'].item() == 0
 
 
 RANKS = textwrap.dedent('''
@@ -209,8 +209,8 @@ def test_chance_of_cpc():
     same = CPCOutputs(same.blocks[:, :3], same.blocks[:1, :1].expand_as(same.blocks))
     for outputs in (nothing, same):
         losses = network.loss(outputs, {})
-        assert float(losses['loss']) == pytest.approx(math.log(5*4), rel=1e-12)
-        assert float(losses['clip_loss']) == pytest.approx(math.log(5), rel=1e-12)
+        assert losses['loss'].item() == pytest.approx(math.log(5*4), rel=1e-12)
+        assert losses['clip_loss'].item() == pytest.approx(math.log(5), rel=1e-12)
 
 
 def test_the_first_block_is_a_negative_alone():
