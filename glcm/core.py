@@ -176,7 +176,7 @@ def read_study(
     "All sections of params.yaml as a study changes them; raises `InputError` where they cannot be read."
     folder = Path(folder or root())
     overlay = folder/f'params.{study}.yaml'
-    studies = sorted(path.suffixes[0][1:] for path in folder.glob('params.*.yaml'))
+    studies = sorted(path.name.removeprefix('params.').removesuffix('.yaml') for path in folder.glob('params.*.yaml'))
     if study not in studies:
         raise InputError(f'there is no study {study!r}, since there is no params.{study}.yaml; '
                          f'there are: {", ".join(studies) or "none"}')
