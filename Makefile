@@ -3,6 +3,7 @@
 #   make test     every notebook as a test, then pytest
 #   make slow     the notebook cells and tests that take minutes
 #   make lab      JupyterLab on the repository
+#   make docs     the book: all chapters and the reference as pages in build/book
 #   make lock     remake requirements.lock.txt after a change in settings.ini (UPGRADE=--upgrade takes newer versions)
 #   make sample   put what is in data/ into the sample remote that the repository ships
 # PYTHON=python3.12 makes .venv with another interpreter.
@@ -17,7 +18,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Threads that wait for each other leave their core to other processes instead of spinning on it.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help repro test slow lab lock sample data-present
+.PHONY: help repro test slow lab docs lock sample data-present
 .DELETE_ON_ERROR:
 
 help:
@@ -45,13 +46,24 @@ slow: $(READY) data-present
 lab: $(READY) data-present
 	@$(BIN)/jupyter-lab
 
+# No warning is allowed: a link that leads nowhere is one.
+docs: $(READY)
+	@$(BIN)/sphinx-build -W --keep-going -q -c docs -d build/doctrees . build/book
+	@$(BIN)/python docs/links.py build/book
+	@echo "Open build/book/index.html"
+
+# All that is locked; where a build of PyTorch for CPUs alone was put into .venv before, no libraries for GPUs.
+CPU_ONLY = $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' 2>/dev/null
+LOCKED = if $(CPU_ONLY); then grep -vE '^(cuda|nvidia|triton)\b' requirements.lock.txt; else cat requirements.lock.txt; fi
+
 $(READY): requirements.lock.txt settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
 	    echo "glcm needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is `$(PYTHON) --version 2>&1`." \
 	         "Name another interpreter: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Installing requirements.lock.txt into .venv (the first time 6 GB, some minutes)"
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock.txt
+	@$(LOCKED) > .venv/requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r .venv/requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
