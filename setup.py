@@ -17,5 +17,7 @@ setup(
     python_requires=f">={cfg['min_python']},<3.14",
     packages=find_packages(include=['glcm', 'glcm.*']),
     install_requires=cfg['requirements'].split(),
-    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('faces', 'dask', 'dev')},
+    extras_require={extra: cfg[f'{extra}_requirements'].split() for extra in ('faces', 'dask', 'hub', 'parquet', 'dev')},
+    package_data={'glcm': ['weights/*']},
+    entry_points={'console_scripts': cfg['console_scripts'].split()},
 )
