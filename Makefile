@@ -5,6 +5,7 @@
 #   make lab      JupyterLab on the repository
 #   make docs     the book: all chapters and the reference as pages in build/book
 #   make lock     remake requirements.lock.txt after a change in settings.ini (UPGRADE=--upgrade takes newer versions)
+#   make weights  put the model of the default run into the package, with its card
 #   make sample   put what is in data/ into the sample remote that the repository ships
 # PYTHON=python3.12 makes .venv with another interpreter.
 
@@ -18,7 +19,11 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Threads that wait for each other leave their core to other processes instead of spinning on it.
 export OMP_WAIT_POLICY ?= PASSIVE
 
+<<<<<<< HEAD
 .PHONY: help repro test slow lab docs lock sample data-present
+=======
+.PHONY: help repro test slow lab lock weights sample data-present
+>>>>>>> users
 .DELETE_ON_ERROR:
 
 help:
@@ -78,6 +83,13 @@ lock:
 	@build/uv/bin/uv pip compile --quiet setup.py --all-extras --universal --python-version 3.11 \
 	    --refresh-package glcm --fork-strategy fewest --no-annotate --no-emit-index-url --no-emit-find-links \
 	    --custom-compile-command "make lock" $(UPGRADE) -o requirements.lock.txt
+
+weights: $(READY)
+	@rm -rf build/weights
+	@$(BIN)/python -m glcm.export artifacts/pretrain/glcm-0 build/weights --half --notes nbs/weights.md
+	@rm -rf glcm/weights
+	@mv build/weights glcm/weights
+	@du -sh glcm/weights
 
 # The remote is emptied first: git must not carry the files of an earlier sample.
 sample: $(READY)
