@@ -19,11 +19,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Threads that wait for each other leave their core to other processes instead of spinning on it.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-<<<<<<< HEAD
-.PHONY: help repro test slow lab docs lock sample data-present
-=======
-.PHONY: help repro test slow lab lock weights sample data-present
->>>>>>> users
+.PHONY: help repro test slow lab docs lock weights sample data-present
 .DELETE_ON_ERROR:
 
 help:

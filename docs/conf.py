@@ -22,13 +22,12 @@ version = release = settings['DEFAULT']['version']
 project_copyright = settings['DEFAULT']['copyright']
 extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.viewcode', 'sphinx_copybutton']
 root_doc = 'README'
-include_patterns = ['*.md', 'nbs/**', 'results/**/*.md', 'results/*.md', 'docs/*.md']
+include_patterns = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'nbs/**/*.ipynb', 'results/**/*.md']
 exclude_patterns = ['nbs/**/.ipynb_checkpoints', '**/.*']
-nitpicky = False
 
 nb_execution_mode = 'off'
 nb_ipywidgets_js = {} # a page asks no other host for anything
-myst_enable_extensions = ['dollarmath', 'amsmath', 'linkify'][:2]
+myst_enable_extensions = ['dollarmath', 'amsmath']
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
 
@@ -54,7 +53,8 @@ PARTS = [('Method', 0, 9), ('Data', 10, 23), ('Datasets', 24, 29), ('Pretexts', 
 def parts() -> list: # of (title, names of pages)
     "The pages of the book in reading order."
     numbered = [path for path in sorted((ROOT/'nbs').glob('*.ipynb')) if path.stem[:2].isdigit()]
-    pages = [('Start', ['nbs/guide', 'nbs/explore/attention', 'results/README', 'CONTRIBUTING', 'CHANGELOG'])]
+    tables = [path.relative_to(ROOT).with_suffix('').as_posix() for path in sorted((ROOT/'results').glob('*/tables.md'))]
+    pages = [('Start', ['nbs/guide', 'nbs/explore/attention', 'results/README', *tables, 'CONTRIBUTING', 'CHANGELOG'])]
     for title, first, last in PARTS:
         chapters = [f'nbs/{path.stem}' for path in numbered if first <= int(path.stem[:2]) <= last]
         pages.append((title, chapters))
@@ -82,7 +82,6 @@ REFERENCE = '''## Reference: `glcm.{module}`
 ```{{eval-rst}}
 .. automodule:: glcm.{module}
    :members:
-   :noindex-entry:
 ```'''
 
 
