@@ -35,12 +35,14 @@ autodoc_member_order = 'bysource'
 autodoc_typehints = 'description'
 autodoc_typehints_description_target = 'documented_params'
 autodoc_preserve_defaults = True
+autodoc_inherit_docstrings = False # those of torch name places in torch's own pages
 default_role = 'code'
 
 html_theme = 'furo'
 html_title = 'glcm'
 html_static_path = ['static']
 html_css_files = ['book.css']
+html_favicon = 'static/favicon.svg'
 html_copy_source = html_show_sourcelink = False
 html_math_renderer = 'mathml'
 html_theme_options = dict(navigation_with_keys=True)

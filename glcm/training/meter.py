@@ -178,7 +178,7 @@ def trace_step(
     path: Path, # of the trace, a .json
 ):
     "Write when each operation of the block began and ended."
-    with profile() as operations:
+    with profile(acc_events=True) as operations:
         yield
     with atomic_path(path) as temporary:
         operations.export_chrome_trace(str(temporary))
