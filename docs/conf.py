@@ -22,7 +22,7 @@ version = release = settings['DEFAULT']['version']
 project_copyright = settings['DEFAULT']['copyright']
 extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.viewcode', 'sphinx_copybutton']
 root_doc = 'README'
-include_patterns = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'nbs/**/*.ipynb', 'results/**/*.md']
+include_patterns = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'nbs/*.ipynb', 'nbs/*/*.ipynb', 'results/*.md', 'results/*/*.md']
 exclude_patterns = ['nbs/**/.ipynb_checkpoints', '**/.*']
 
 nb_execution_mode = 'off'
