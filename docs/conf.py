@@ -23,7 +23,7 @@ project_copyright = settings['DEFAULT']['copyright']
 extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.viewcode', 'sphinx_copybutton']
 root_doc = 'README'
 include_patterns = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'nbs/*.ipynb', 'nbs/*/*.ipynb', 'results/*.md', 'results/*/*.md']
-exclude_patterns = ['nbs/**/.ipynb_checkpoints', '**/.*']
+exclude_patterns = ['.*', '**/.*', 'artifacts', 'build', 'data', 'glcm', 'sample', 'studies', 'tests'] # not even searched
 
 nb_execution_mode = 'off'
 nb_ipywidgets_js = {} # a page asks no other host for anything
