@@ -110,6 +110,14 @@ def read_source(app, page, source):
         source[0] = chapter(source[0])
 
 
+def as_rst(comment: str) -> str:
+    "A comment for Sphinx: names in backticks as code, everything else as it stands."
+    parts = re.split('`([^`]*)`', ' '.join(comment.split()))
+    parts[::2] = [re.sub(r'([*_|\\`])', r'\\\1', part) for part in parts[::2]]
+    parts[1::2] = [f'``{part}``\\ ' for part in parts[1::2]]
+    return ''.join(parts)
+
+
 def document_arguments(app, what, name, thing, options, lines):
     "Put the comments on arguments and on the returned value where Sphinx looks for them."
     if not (inspect.isroutine(thing) or inspect.isclass(thing)):
@@ -121,7 +129,7 @@ def document_arguments(app, what, name, thing, options, lines):
     lines.append('')
     for argument, about in comments.items():
         if about.get('docment'):
-            text = ' '.join(about['docment'].split())
+            text = as_rst(about['docment'])
             lines.append(f':returns: {text}' if argument == 'return' else f':param {argument}: {text}')
 
 

@@ -46,7 +46,8 @@ def test_comments_on_arguments_are_in_the_reference(conf):
     lines = ['Anchors and bags.']
     conf.document_arguments(None, 'function', 'glcm.losses.global_bags', global_bags, None, lines)
     assert ':param z_v: (B, D, H, W) global visual embeddings, one per cell' in lines
-    assert ':returns: anchors (B, D), bags (H*W, B, D)' in lines
+    assert r':returns: anchors (B, D), bags (H\*W, B, D)' in lines
+    assert conf.as_rst('folder of `Shard`s, or *.jsonl') == r'folder of ``Shard``\ s, or \*.jsonl'
 
 
 PAGE = '<a href="b.html#there">b</a> <a href="https://example.com">out</a> <img src="data:image/png;base64,AA">'
