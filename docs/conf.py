@@ -55,7 +55,7 @@ PARTS = [('Method', 0, 9), ('Data', 10, 23), ('Datasets', 24, 29), ('Pretexts', 
 def parts() -> list: # of (title, names of pages)
     "The pages of the book in reading order."
     numbered = [path for path in sorted((ROOT/'nbs').glob('*.ipynb')) if path.stem[:2].isdigit()]
-    tables = [path.relative_to(ROOT).with_suffix('').as_posix() for path in sorted((ROOT/'results').glob('*/tables.md'))]
+    tables = [f'Tables: {path.parent.name} <results/{path.parent.name}/tables>' for path in sorted((ROOT/'results').glob('*/tables.md'))]
     pages = [('Start', ['nbs/guide', 'nbs/explore/attention', 'results/README', *tables, 'CONTRIBUTING', 'CHANGELOG'])]
     for title, first, last in PARTS:
         chapters = [f'nbs/{path.stem}' for path in numbered if first <= int(path.stem[:2]) <= last]
