@@ -165,6 +165,8 @@ def may_be(kind, place, original):
         return isinstance(original, bool)
     if kind == 'null':
         return parameter(place) in MAY_BE_NULL
+    if kind == 'list':
+        return isinstance(original, list) # an empty one has no leaves of its own
     if kind == 'zero':
         return parameter(place) in MAY_BE_ZERO and not isinstance(original, bool)
     return kind == 'half' and isinstance(original, float)
