@@ -11,10 +11,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import InputError
+from ..distributed import Ranks
+from ..losses import ALONE
 from ..model import GLCM
 from ..training.config import RunConfig
 from .features import Features, TaskNetwork, clip_mean
 from .config import TaskConfig
+from .ranks import batch_share
 
 # %% ../../nbs/45_tasks.classify.ipynb #005
 class Classifier(TaskNetwork):
@@ -63,12 +66,15 @@ class Classifier(TaskNetwork):
         self,
         logits: torch.Tensor, # (B, classes)
         batch: dict, # with target (B,)
-    ) -> torch.Tensor:
+        ranks: Ranks = ALONE, # processes that train together, each on its share of a batch
+    ) -> torch.Tensor: # whose mean over the ranks is the loss of the whole batch
         "Cross-entropy."
-        target = batch['target'].to(logits.device)
+        target = batch['target'].to(logits.device, non_blocking=True)
         if self.is_fake_task:
-            return F.binary_cross_entropy_with_logits(logits[:, 0], target.float())
-        return F.cross_entropy(logits, target)
+            loss = F.binary_cross_entropy_with_logits(logits[:, 0], target.float())
+        else:
+            loss = F.cross_entropy(logits, target)
+        return loss*batch_share(len(target), ranks)
 
     def predict(
         self,

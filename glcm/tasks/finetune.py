@@ -4,16 +4,18 @@
 
 # %% auto #0
 __all__ = ['CACHED_VIEWS', 'NETWORKS', 'METRICS', 'NOTHING_DONE', 'TRAINING', 'CHOICES', 'decay_groups', 'to_inputs',
-           'forward_batch', 'check_memory', 'cached_keys', 'CachedFeatures', 'Phase', 'fit', 'predict_clips',
-           'save_network', 'load_network', 'validation_score', 'best_candidate', 'check_spectrograms', 'read_targets',
-           'FinetuneJob', 'predict_split', 'weights_hash', 'identity', 'FinetuneProgress', 'train_network',
-           'compare_candidates', 'train_best', 'finetune']
+           'forward_batch', 'check_memory', 'cached_keys', 'CachedFeatures', 'BatchLoss', 'batch_loss', 'Phase', 'fit',
+           'prediction_batches', 'predict_batches', 'predict_clips', 'save_network', 'load_network', 'validation_score',
+           'best_candidate', 'check_spectrograms', 'read_targets', 'FinetuneJob', 'predict_split', 'weights_hash',
+           'identity', 'FinetuneProgress', 'train_network', 'compare_candidates', 'train_best', 'run_job', 'finetune']
 
 # %% ../../nbs/47_tasks.finetune.ipynb #002
 import copy
 import hashlib
+import math
 import os
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -21,16 +23,20 @@ from pathlib import Path
 import pandas as pd
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 
 from ..core import InputError, atomic_path, generator, parse, progress, seed_everything
 from ..data.shards import ClipStore
 from ..data.views import prepare_inputs
+from ..distributed import Ranks
+from ..losses import ALONE
 from ..model import GLCM
 from .classify import Classifier
 from .config import TaskConfig, parse_task
 from .features import TaskNetwork
 from .metrics import deepfake_scores, sentence_errors, sentence_scores
+from .ranks import gather_in_order, gather_tensors, share_statistics
 from .sentences import SentenceRecognizer
 from .splits import Split, read_splits
 from .windows import LabelledWindows, WindowKey, test_keys, training_keys, window_batches
@@ -60,10 +66,9 @@ def to_inputs(
     batch: dict, # as from `window_batches`
     device: torch.device,
 ) -> tuple: # video (B, 3, T, h, w) uint8, audio (B, F, N), length (B,); None for what the batch lacks
-    "A batch of windows as a task's network takes it."
+    "A batch of windows as a task's network takes it: lengths stay on the CPU, which decides by them what to do."
     video, audio = prepare_inputs(batch.get('planes'), batch.get('mel'), device)
-    length = batch['length'].to(device, non_blocking=True) if 'length' in batch else None
-    return video, audio, length
+    return video, audio, batch.get('length')
 
 # %% ../../nbs/47_tasks.finetune.ipynb #68a4ae2b
 def forward_batch(
@@ -76,8 +81,7 @@ def forward_batch(
         if 'features' not in batch:
             return network(*to_inputs(batch, device)).float()
         features = batch['features'].to(device, non_blocking=True)
-        length = batch['length'].to(device, non_blocking=True)
-        return network.from_features(features, length).float()
+        return network.from_features(features, batch['length']).float()
 
 # %% ../../nbs/47_tasks.finetune.ipynb #68a4ae29
 def check_memory(
@@ -119,6 +123,7 @@ class CachedFeatures(Dataset):
         clips: list, # numbers of the training clips
         seed: int, # of the windows
         workers: int = 0, # loader processes
+        ranks: Ranks = ALONE, # processes that each compute some of the batches; all of them keep all features
     ):
         self.targets = windows.targets
         self.features = {} # (view, clip) -> (channels, T) on the CPU
@@ -127,16 +132,24 @@ class CachedFeatures(Dataset):
         keys = cached_keys(self.steps, config.batch, seed)
         network.eval()
         with torch.no_grad(), reduced_precision(device, config.precision):
-            first_view = window_batches(windows, keys[:len(keys)//CACHED_VIEWS], workers)
-            network.features.reset_statistics(to_inputs(batch, device) for batch in first_view)
-            batches = progress(window_batches(windows, keys, workers), 'features', len(keys))
-            for batch_keys, batch in zip(keys, batches):
-                self._add(network, batch_keys, to_inputs(batch, device))
+            own = keys[:len(keys)//CACHED_VIEWS][ranks.rank::ranks.size]
+            first_view = window_batches(windows, own, workers)
+            network.features.reset_statistics((to_inputs(batch, device) for batch in first_view), ranks)
+            turns = [keys[start:start + ranks.size] for start in range(0, len(keys), ranks.size)]
+            own = [turn[min(ranks.rank, len(turn) - 1)] for turn in turns] # the last one twice where none is left
+            batches = window_batches(windows, own, workers)
+            for turn, batch in zip(progress(turns, 'features') if ranks.rank == 0 else turns, batches):
+                self._add(network, turn, to_inputs(batch, device), ranks)
 
-    def _add(self, network, keys, inputs):
-        "Compute and keep the features of a batch."
+    def _add(self, network, turn, inputs, ranks):
+        "Compute the features of a batch on each rank, and keep all of them."
         *_, length = inputs
-        features = network.compress(network.features(*inputs), length).cpu()
+        features = network.compress(network.features(*inputs), length)
+        for keys, gathered in zip(turn, gather_tensors(features, ranks)):
+            self._keep(keys, gathered.cpu())
+
+    def _keep(self, keys, features):
+        "Keep the features of a batch, each without its padding."
         for key, padded in zip(keys, features):
             steps = min(features.shape[2], self.steps[key.clip])
             own = padded[:, :steps].clone()
@@ -151,6 +164,28 @@ class CachedFeatures(Dataset):
         return dict(clip=key.clip, target=torch.as_tensor(self.targets[key.clip]), features=features)
 
 # %% ../../nbs/47_tasks.finetune.ipynb #006
+class BatchLoss(nn.Module):
+    "The loss of a batch as a module: what `DistributedDataParallel` can wrap."
+    def __init__(self, network: TaskNetwork, ranks: Ranks):
+        super().__init__()
+        self.network, self.ranks = network, ranks
+
+    def forward(self, batch):
+        outputs = forward_batch(self.network, batch, next(self.network.parameters()).device)
+        return self.network.loss(outputs, batch, self.ranks)
+
+def batch_loss(
+    network: TaskNetwork,
+    ranks: Ranks,
+) -> nn.Module: # called with a batch; the mean over the ranks is the loss of the whole batch
+    "The loss as it is trained: over several ranks with the batch norms and the gradients of the whole batch."
+    loss = BatchLoss(network, ranks)
+    if ranks.size == 1:
+        return loss
+    share_statistics(network, ranks)
+    warnings.filterwarnings('ignore', 'Grad strides do not match') # of 1x1x1 kernels: their channels-last order is ambiguous
+    return DistributedDataParallel(loss, broadcast_buffers=False, gradient_as_bucket_view=True)
+
 class Phase:
     "A phase of a training, with frozen encoders or with all of the network: its optimizer, its schedule and its data."
     def __init__(
@@ -161,16 +196,22 @@ class Phase:
         seed: int,
         frozen: bool, # whether the encoders stay as they are
         workers: int = 0, # loader processes
+        ranks: Ranks = ALONE, # processes that train together
     ):
-        self.network, self.clips, self.seed = network, clips, seed
+        self.clips, self.seed, self.ranks = clips, seed, ranks
         self.config = config = network.config
         network.features.freeze(frozen)
-        self.source = CachedFeatures(network, windows, clips, seed, workers) if frozen else windows
+        self.source = CachedFeatures(network, windows, clips, seed, workers, ranks) if frozen else windows
+        self.loss = batch_loss(network, ranks)
         self.workers = 0 if frozen else workers
         self.lengths = [windows.store.clips[i]['steps'] for i in clips]
         self.optimizer = torch.optim.AdamW(decay_groups(network, config.weight_decay), config.lr, fused=True)
         epochs = config.phases[0 if frozen else 1]
-        steps = epochs*len(self.keys(epoch=0))
+        batches = self.keys(epoch=0)
+        smallest = min(len(batch) for batch in batches)
+        if smallest < ranks.size:
+            raise InputError(f'batches of {smallest} clips are too small for {ranks.size} processes: lower machine.gpus')
+        steps = epochs*len(batches)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
 
     def keys(self, epoch: int) -> list: # of batches of `WindowKey`
@@ -179,18 +220,20 @@ class Phase:
 
     def train_epoch(self, epoch: int) -> float: # the loss of the last batch
         "One pass over the training clips; raises `InputError` where the loss is no longer finite."
-        device = next(self.network.parameters()).device
-        torch.manual_seed(self.seed*100_003 + epoch) # of dropout
-        for batch in window_batches(self.source, self.keys(epoch), self.workers):
+        ranks = self.ranks
+        torch.manual_seed(self.seed*100_003 + epoch + ranks.rank*1_000_000_007) # of dropout
+        keys = [batch[ranks.rank::ranks.size] for batch in self.keys(epoch)]
+        for batch in window_batches(self.source, keys, self.workers):
             self.optimizer.zero_grad(set_to_none=True)
-            loss = self.network.loss(forward_batch(self.network, batch, device), batch)
+            loss = self.loss(batch)
             loss.backward()
             self.optimizer.step()
             self.schedule.step()
-        if not torch.isfinite(loss):
-            raise InputError(f'the loss is {loss.item()} after epoch {epoch + 1} of finetuning: '
+        last = ranks.mean(loss.detach()).item()
+        if not math.isfinite(last):
+            raise InputError(f'the loss is {last} after epoch {epoch + 1} of finetuning: '
                              'lower lr, or try precision: float32')
-        return loss.item()
+        return last
 
     def state(self) -> dict:
         "What an interrupted training needs, besides the weights."
@@ -210,6 +253,7 @@ def fit(
     workers: int = 0, # loader processes
     interrupted: dict | None = None, # the state to resume from, as `after_epoch` got it
     after_epoch: Callable | None = None, # called with the state after an epoch, and whether it was the last one
+    ranks: Ranks = ALONE, # processes that train together
 ) -> nn.Module: # the network, in evaluation mode
     "Finetune a network on labelled clips (Section 4); raises `InputError` where the loss is no longer finite."
     frozen, unfrozen = network.config.phases
@@ -217,38 +261,58 @@ def fit(
     if interrupted:
         start = interrupted['epoch']
         network.load_state_dict(interrupted['network'])
-    bar = progress(range(start, epochs), 'epochs', epochs, start)
+    shows = ranks.rank == 0
+    bar = progress(range(start, epochs), 'epochs', epochs, start) if shows else range(start, epochs)
     for epoch in bar:
         if epoch in (start, frozen): # a phase begins
-            phase = Phase(network, windows, clips, seed, epoch < frozen, workers)
+            phase = Phase(network, windows, clips, seed, epoch < frozen, workers, ranks)
             if epoch not in (0, frozen): # in the middle of it
                 phase.load_state(interrupted)
             network.train()
         loss = phase.train_epoch(epoch)
-        bar.set_postfix_str(f'loss {loss:.3f}')
+        if shows:
+            bar.set_postfix_str(f'loss {loss:.3f}')
         if after_epoch:
             state = dict(epoch=epoch + 1, network=network.state_dict()) | phase.state()
             after_epoch(state, epoch + 1 == epochs)
     return network.eval()
 
 # %% ../../nbs/47_tasks.finetune.ipynb #008
+def prediction_batches(
+    clips: list, # numbers of the test clips
+    config: TaskConfig,
+) -> list: # of batches; a batch is a list of clips, a clip a list of `WindowKey`
+    "All windows of all clips: as many clips in a batch as are given so many windows, one where lengths differ."
+    keys = test_keys(clips, config)
+    size = max(1, config.batch//len(keys[0])) if config.frames else 1
+    return [keys[k:k + size] for k in range(0, len(keys), size)]
+
 @torch.inference_mode()
+def predict_batches(
+    network: TaskNetwork, # finetuned
+    windows: LabelledWindows,
+    batches: list, # as from `prediction_batches`
+    workers: int = 0, # loader processes
+): # yields a list of (number of the clip, prediction) for each batch
+    "Predict the clips of each batch."
+    device = next(network.parameters()).device
+    keys = [sum(batch, []) for batch in batches]
+    for batch in window_batches(windows, keys, workers):
+        per_clip = len(batch['clip'])//len(set(batch['clip']))
+        outputs = network.outputs_to_predict(forward_batch(network, batch, device)).split(per_clip)
+        yield [(clip, network.predict(output)) for clip, output in zip(batch['clip'][::per_clip], outputs)]
+
 def predict_clips(
     network: TaskNetwork, # finetuned
     windows: LabelledWindows,
     clips: list, # numbers of the test clips
     workers: int = 0, # loader processes
-): # yields (number of the clip, prediction)
+    ranks: Ranks = ALONE, # processes that share the batches
+): # yields (number of the clip, prediction) of all clips, on all ranks
     "Predict each clip."
-    config, device = network.config, next(network.parameters()).device
-    keys = test_keys(clips, config)
-    per_clip = len(keys[0])
-    clips_in_batch = max(1, config.batch//per_clip) if config.frames else 1
-    batches = [sum(keys[k:k + clips_in_batch], []) for k in range(0, len(keys), clips_in_batch)]
-    for batch in window_batches(windows, batches, workers):
-        outputs = forward_batch(network, batch, device).split(per_clip)
-        for clip, output in zip(batch['clip'][::per_clip], outputs):
-            yield clip, network.predict(output)
+    own = prediction_batches(clips, network.config)[ranks.rank::ranks.size]
+    for predictions in gather_in_order(predict_batches(network, windows, own, workers), ranks):
+        yield from predictions
 
 # %% ../../nbs/47_tasks.finetune.ipynb #010
 NETWORKS = dict(label=Classifier, fake=Classifier, text=SentenceRecognizer) # target -> network
@@ -339,13 +403,17 @@ class FinetuneJob:
     config: TaskConfig
     seed: int # of the order, the windows and the new layers
     workers: int = 0 # loader processes
+    ranks: Ranks = ALONE # processes that share the work
+    compile: bool = False # whether encoders are compiled
 
     def network(self, split: Split, config: TaskConfig) -> TaskNetwork:
         "The network of a candidate before it is trained."
         seed_everything(self.seed)
         labels = [self.store.clips[i]['label'] for i in split.train]
         network = NETWORKS[config.target](copy.deepcopy(self.model), self.run, config, labels)
-        return network.to('cuda' if torch.cuda.is_available() else 'cpu')
+        if self.compile:
+            network.features.compile_encoders()
+        return network.to(self.ranks.device, memory_format=torch.channels_last_3d)
 
     def windows(self, targets: dict, config: TaskConfig) -> LabelledWindows:
         "The windows of all clips."
@@ -360,11 +428,13 @@ def predict_split(
 ) -> list[dict]: # a row for each clip of this side
     "The predictions of a split."
     clips = dict(test=split.test, validate=split.validate)[side]
-    predictions = predict_clips(network, job.windows({}, job.config), clips, job.workers)
+    predictions = predict_clips(network, job.windows({}, job.config), clips, job.workers, job.ranks)
+    if job.ranks.rank == 0:
+        predictions = progress(predictions, f'{split.name}: {side} clips', len(clips))
     truth = 'text' if job.config.target == 'text' else 'label'
     labels = dict(train=len(split.train), available=split.available)
     rows = []
-    for i, prediction in progress(predictions, f'{split.name}: {side} clips', len(clips)):
+    for i, prediction in predictions:
         clip = job.store.clips[i]
         about = {'split': split.name, 'clip': clip['clip'], 'group': clip['group'], truth: clip[truth]}
         rows.append(about | prediction | labels)
@@ -388,6 +458,7 @@ def identity(
         run=asdict(job.run),
         task=asdict(job.config),
         seed=job.seed,
+        ranks=job.ranks.size,
         data=data_hash([job.store]),
         weights=weights_hash(job.model.state_dict()),
         code=code_hash('tasks.finetune'))
@@ -404,25 +475,34 @@ class FinetuneProgress:
         folder: str | Path | None, # None: nothing is kept
         minutes: float = 5.0, # between two times that a training's state is kept
     ):
-        self.minutes, self.saved_at = minutes, time.monotonic()
+        self.minutes, self.saved_at, self.ranks = minutes, time.monotonic(), job.ranks
         self.done, self.interrupted, self.number = copy.deepcopy(NOTHING_DONE), {}, 0
         self.states = None
         if folder:
             self.states = StateFolder(folder, 'state', identity(job), rows=list, choices=list, splits=int)
-            if self.states.saved():
-                self._restore()
+            of_another_run = bool(self.states.saved()) and not self._restore()
+            self._check_same_start()
+            if of_another_run and self.ranks.rank == 0:
+                self.states.remove()
 
-    def _restore(self):
-        "Take over what an interrupted run has left; remove what another run has left, or what cannot be read."
+    def _check_same_start(self):
+        "Raise `InputError` unless all ranks resume from the same state; none goes on before all have read it."
+        numbers = self.ranks.all_gather(torch.tensor([self.number], device=self.ranks.device)).tolist()
+        if len(set(numbers)) > 1:
+            raise InputError(f'the ranks see different states in {self.states.folder} ({numbers}): '
+                             'all machines should see the same folders')
+
+    def _restore(self) -> bool: # whether the state was of this run
+        "Take over what an interrupted run has left."
         state, path = self.states.newest()
         changed = self.states.changes(state) if state else ['no state in it can be read']
         if changed:
             print(f'{self.states.folder} holds nothing of this run: restarting\n  ' + '\n  '.join(changed))
-            self.states.remove()
-            return
+            return False
         self.number = state['number']
         self.done = {name: state[name] for name in (*NOTHING_DONE, 'best') if name in state}
         self.interrupted = {name: state[name] for name in TRAINING if name in state}
+        return True
 
     def take_interrupted(self) -> dict: # empty: no training was interrupted
         "The state of the training that was interrupted, once."
@@ -441,9 +521,9 @@ class FinetuneProgress:
         training: dict | None = None, # the state of a training
         now: bool = True, # even if the last time is not long ago
     ):
-        "Keep what has been done, if it is time."
+        "Keep what has been done, if it is time; the first rank does it for all."
         due = time.monotonic() - self.saved_at >= 60*self.minutes
-        if self.states and (now or due):
+        if self.states and self.ranks.rank == 0 and (now or due):
             self.number += 1
             self.states.save(self.number, self.done | dict(number=self.number) | (training or {}))
             self.saved_at = time.monotonic()
@@ -460,7 +540,7 @@ def train_network(
     network = job.network(split, config)
     targets = read_targets(network, job.store, [*split.train, *split.test, *split.validate])
     windows = job.windows(targets, config)
-    return fit(network, windows, clips, job.seed, job.workers, done.take_interrupted(), done.save)
+    return fit(network, windows, clips, job.seed, job.workers, done.take_interrupted(), done.save, job.ranks)
 
 # %% ../../nbs/47_tasks.finetune.ipynb #012a
 def compare_candidates(
@@ -499,7 +579,8 @@ def train_best(
     tried = compare_candidates(job, done, split, [i for i in split.train if i not in held_out])
     best = best_candidate(tried)
     tried[best]['chosen'] = True
-    print(f"{split.name}: {tried[best]['candidate']} is chosen on {len(split.validate)} validation clips")
+    if job.ranks.rank == 0:
+        print(f"{split.name}: {tried[best]['candidate']} is chosen on {len(split.validate)} validation clips")
     candidate = job.config.candidates()[best]
     if held_out:
         return train_network(job, done, split, candidate, split.train)
@@ -509,6 +590,29 @@ def train_best(
 
 # %% ../../nbs/47_tasks.finetune.ipynb #cccb247f
 CHOICES = 'split', 'candidate', 'metric', 'value', 'train', 'validate', 'chosen' # columns of choices.csv
+
+def run_job(
+    job: FinetuneJob,
+    keep: str | Path | None = None, # folder for the network of each split, and for the scores of candidates
+    unfinished: str | Path | None = None, # folder for the state of the run
+    minutes: float = 5.0, # between two times that the state of a training is kept
+) -> list[dict]: # a row per test clip, on all ranks
+    "Finetune and test on every split of a task; raises `InputError` for clips that cannot be used so."
+    check_spectrograms(job.store, job.config, job.run)
+    done = FinetuneProgress(job, unfinished, minutes)
+    keeps = keep and job.ranks.rank == 0
+    for split in read_splits(job.store, job.config)[done.done['splits']:]:
+        if split.validate:
+            network = train_best(job, done, split)
+        else:
+            network = train_network(job, done, split, job.config.candidates()[0], split.train)
+        if keeps:
+            save_network(Path(keep)/f"{split.name.replace(' ', '-')}.pt", network, job.run)
+        done.add_split(predict_split(job, network, split, 'test'))
+    if keeps:
+        with atomic_path(Path(keep)/'choices.csv') as path:
+            pd.DataFrame(done.done['choices'], columns=CHOICES).to_csv(path, index=False)
+    return done.done['rows']
 
 def finetune(
     model: GLCM, # with the weights to start from; it is left as it is
@@ -521,19 +625,6 @@ def finetune(
     unfinished: str | Path | None = None, # folder for the state of the run
     minutes: float = 5.0, # between two times that the state of a training is kept
 ) -> pd.DataFrame: # a row per test clip: split, clip, group, label or text, the prediction, train and available
-    "Finetune and test on every split of a task; raises `InputError` for clips that cannot be used so."
-    check_spectrograms(store, config, run)
+    "Finetune in one process, and test on every split of a task; raises `InputError` as `run_job` does."
     job = FinetuneJob(model, run, store, config, seed, workers)
-    done = FinetuneProgress(job, unfinished, minutes)
-    for split in read_splits(store, config)[done.done['splits']:]:
-        if split.validate:
-            network = train_best(job, done, split)
-        else:
-            network = train_network(job, done, split, config.candidates()[0], split.train)
-        if keep:
-            save_network(Path(keep)/f"{split.name.replace(' ', '-')}.pt", network, run)
-        done.add_split(predict_split(job, network, split, 'test'))
-    if keep:
-        with atomic_path(Path(keep)/'choices.csv') as path:
-            pd.DataFrame(done.done['choices'], columns=CHOICES).to_csv(path, index=False)
-    return pd.DataFrame(done.done['rows'])
+    return pd.DataFrame(run_job(job, keep, unfinished, minutes))
