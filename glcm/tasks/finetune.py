@@ -200,17 +200,17 @@ class Phase:
     ):
         self.clips, self.seed, self.ranks = clips, seed, ranks
         self.config = config = network.config
-        network.features.freeze(frozen)
-        self.source = CachedFeatures(network, windows, clips, seed, workers, ranks) if frozen else windows
-        self.loss = batch_loss(network, ranks)
-        self.workers = 0 if frozen else workers
         self.lengths = [windows.store.clips[i]['steps'] for i in clips]
-        self.optimizer = torch.optim.AdamW(decay_groups(network, config.weight_decay), config.lr, fused=True)
-        epochs = config.phases[0 if frozen else 1]
         batches = self.keys(epoch=0)
         smallest = min(len(batch) for batch in batches)
         if smallest < ranks.size:
             raise InputError(f'batches of {smallest} clips are too small for {ranks.size} processes: lower machine.gpus')
+        network.features.freeze(frozen)
+        self.source = CachedFeatures(network, windows, clips, seed, workers, ranks) if frozen else windows
+        self.loss = batch_loss(network, ranks)
+        self.workers = 0 if frozen else workers
+        self.optimizer = torch.optim.AdamW(decay_groups(network, config.weight_decay), config.lr, fused=True)
+        epochs = config.phases[0 if frozen else 1]
         steps = epochs*len(batches)
         self.schedule = torch.optim.lr_scheduler.CosineAnnealingLR(self.optimizer, steps)
 
