@@ -169,6 +169,7 @@ def batch_loss(
     warnings.filterwarnings('ignore', 'Grad strides do not match') # of 1x1x1 kernels: their channels-last order is ambiguous
     return DistributedDataParallel(loss, broadcast_buffers=False, gradient_as_bucket_view=True)
 
+# %% ../../nbs/47_tasks.finetune.ipynb #006z
 class Phase:
     "A phase of a training, with frozen encoders or with all of the network: its optimizer, its schedule and its data."
     def __init__(
@@ -270,6 +271,7 @@ def prediction_batches(
     size = max(1, config.batch//len(keys[0])) if config.frames else 1
     return [keys[k:k + size] for k in range(0, len(keys), size)]
 
+# %% ../../nbs/47_tasks.finetune.ipynb #008z
 @torch.inference_mode()
 def predict_batches(
     network: TaskNetwork, # finetuned
@@ -597,6 +599,7 @@ def run_job(
             pd.DataFrame(done.done['choices'], columns=CHOICES).to_csv(path, index=False)
     return done.done['rows']
 
+# %% ../../nbs/47_tasks.finetune.ipynb #cccb247fz
 def finetune(
     model: GLCM, # with the weights to start from; it is left as it is
     run: RunConfig, # how it was pretrained
