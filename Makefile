@@ -5,7 +5,9 @@
 #   make test     every notebook as a test, then pytest
 #   make slow     the notebook cells and tests that take minutes
 #   make lab      JupyterLab on the repository
+#   make docs     the book: all chapters and the reference as pages in build/book
 #   make lock     remake requirements.lock.txt after a change in settings.ini (UPGRADE=--upgrade takes newer versions)
+#   make weights  put the model of the default run into the package, with its card
 #   make sample   put what is in data/ into the sample remote that the repository ships
 # PYTHON=python3.12 makes .venv with another interpreter.
 
@@ -19,7 +21,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Threads that wait for each other leave their core to other processes instead of spinning on it.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help repro test slow gpu lab lock sample data-present
+.PHONY: help repro test slow gpu lab docs lock weights sample data-present
 .DELETE_ON_ERROR:
 
 help:
@@ -50,13 +52,24 @@ gpu: $(READY) data-present
 lab: $(READY) data-present
 	@$(BIN)/jupyter-lab
 
+# No warning is allowed: a link that leads nowhere is one.
+docs: $(READY)
+	@$(BIN)/sphinx-build -W --keep-going -q -c docs -d build/doctrees . build/book
+	@$(BIN)/python docs/links.py build/book
+	@echo "Open build/book/index.html"
+
+# All that is locked; where a build of PyTorch for CPUs alone was put into .venv before, no libraries for GPUs.
+CPU_ONLY = $(BIN)/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' 2>/dev/null
+LOCKED = if $(CPU_ONLY); then grep -vE '^(cuda|nvidia|triton)\b' requirements.lock.txt; else cat requirements.lock.txt; fi
+
 $(READY): requirements.lock.txt settings.ini setup.py pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' || { \
 	    echo "glcm needs Python 3.11, 3.12 or 3.13, and $(PYTHON) is `$(PYTHON) --version 2>&1`." \
 	         "Name another interpreter: make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
 	@echo "Installing requirements.lock.txt into .venv (the first time 6 GB, some minutes)"
 	@[ -x $(BIN)/pip ] || $(PYTHON) -m venv .venv
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock.txt
+	@$(LOCKED) > .venv/requirements.txt
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -r .venv/requirements.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
@@ -71,6 +84,13 @@ lock:
 	@build/uv/bin/uv pip compile --quiet setup.py --all-extras --universal --python-version 3.11 \
 	    --refresh-package glcm --fork-strategy fewest --no-annotate --no-emit-index-url --no-emit-find-links \
 	    --custom-compile-command "make lock" $(UPGRADE) -o requirements.lock.txt
+
+weights: $(READY)
+	@rm -rf build/weights
+	@$(BIN)/python -m glcm.export artifacts/pretrain/glcm-0 build/weights --half --notes nbs/weights.md
+	@rm -rf glcm/weights
+	@mv build/weights glcm/weights
+	@du -sh glcm/weights
 
 # The remote is emptied first: git must not carry the files of an earlier sample.
 sample: $(READY)

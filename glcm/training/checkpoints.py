@@ -16,7 +16,6 @@ import subprocess
 from dataclasses import asdict
 from pathlib import Path
 
-import pandas as pd
 import torch
 from torch import nn
 
@@ -280,8 +279,6 @@ class Resume:
         weights = dict(model=network.model.state_dict(), pretext=network.state(), trained=list(self.config.trained))
         content = dict(step=len(history), optimizer=optimizer.state_dict(), history=rows)
         self.states.save(len(history), content | weights)
-        with atomic_path(self.folder/'steps.csv') as path:
-            pd.DataFrame(history).to_csv(path, index=False)
 
     def remove(self):
         "Remove what this class has written, and the folder if nothing else is in it."

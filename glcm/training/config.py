@@ -111,3 +111,5 @@ class MachineConfig:
     compile: StrictBool # the network, with torch.compile; what it cannot compile runs as it is
     recompute: StrictBool # activations in the backward pass instead of keeping them: less memory, more time
     accept_changes: StrictBool # resume from a checkpoint of other code, or on another number of GPUs
+    tensorboard: StrictBool # write the losses of each step to <run>.live, beside the run's folder, for TensorBoard
+    trace: list[Count] # steps of which <run>.live gets a trace of every operation

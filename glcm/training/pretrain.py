@@ -35,7 +35,7 @@ from ..pretexts.pretext import Pretext
 from ..processes import end_with_parent, only_run
 from .checkpoints import Resume, data_hash, differences, read_checkpoint, run_hash, save_checkpoint
 from .config import MachineConfig, RunConfig, run_config
-from .meter import StepMeter, clip_teraflops, expected_duration, step_report
+from .meter import StepLog, StepMeter, clip_teraflops, expected_duration, step_report, trace_step
 from .step import Diverged, decay_groups, training_step
 
 # %% ../../nbs/39a_training.pretrain.ipynb #005
@@ -143,8 +143,16 @@ def reset_untrained(
 # %% ../../nbs/39a_training.pretrain.ipynb #014
 class Trainer:
     "One process's share of a run: its network, its optimizer, its views, and the losses of the steps done."
-    def __init__(self, config: RunConfig, machine: MachineConfig, stores: list, checkpoints: Resume, ranks: Ranks):
-        self.config, self.machine, self.checkpoints, self.ranks = config, machine, checkpoints, ranks
+    def __init__(
+        self,
+        config: RunConfig,
+        machine: MachineConfig,
+        stores: list, # of the clips of each dataset
+        checkpoints: Resume,
+        ranks: Ranks,
+        live: Path, # folder for what `machine.tensorboard` and `machine.trace` ask for
+    ):
+        self.config, self.machine, self.checkpoints, self.ranks, self.live = config, machine, checkpoints, ranks, live
         seed_everything(config.seed)
         self.model = GLCM(config.model).to(ranks.device, memory_format=torch.channels_last_3d)
         self.pretext = config.pretext.network(self.model, config).to(ranks.device)
@@ -167,7 +175,8 @@ class Trainer:
         network = wrap_network(self.pretext, self.config, self.machine, self.ranks)
         self._start_meter()
         for step, batch in self._batches():
-            values = training_step(network, self.optimizer, batch, self.config, step, self.ranks, self.meter, bool(stop_requests))
+            with self._trace(step):
+                values = training_step(network, self.optimizer, batch, self.config, step, self.ranks, self.meter, bool(stop_requests))
             stopping = values.pop('stop')
             self.meter.end_step()
             self.history.append(dict(step=step) | values)
@@ -175,8 +184,10 @@ class Trainer:
                 self._write_progress(stopping)
             if stopping:
                 self._stop(stop_requests)
-        if self.writes and self.config.pretrain.steps > self.start:
-            self._print_report()
+        if self.writes:
+            self.log.close()
+            if self.config.pretrain.steps > self.start:
+                self._print_report()
 
     def _batches(self):
         "Yield the number and the batch of each step that is left."
@@ -200,6 +211,13 @@ class Trainer:
         if self.writes:
             self.teraflops = self.config.pretrain.batch/ranks.size*clip_teraflops(self.config)
             self.gradient_bytes = sum(4*p.numel() for p in self.pretext.parameters() if p.requires_grad)
+            events = self.live if self.machine.tensorboard else None
+            self.log = StepLog(self.checkpoints.folder/'steps.csv', self.history, self.config.columns, events)
+
+    def _trace(self, step: int):
+        "A context that traces the step where `machine.trace` names it."
+        wanted = self.writes and step in self.machine.trace
+        return trace_step(self.live/f'step-{step}.json') if wanted else nullcontext()
 
     def _write_progress(
         self,
@@ -209,6 +227,7 @@ class Trainer:
         done, losses = len(self.history), self.history[-1]
         parts = [f"{name.removesuffix('_loss')} {losses[name]:.3f}" for name in self.config.pretext.losses]
         self.bar.set_postfix_str(' '.join(parts), refresh=False)
+        self.log.add(losses)
         if done - self.start == 10:
             print(expected_duration(self.meter, self.config.pretrain.steps - done))
         due = time.monotonic() - self.saved_at > 60*self.machine.checkpoint_minutes
@@ -227,6 +246,8 @@ class Trainer:
 
     def _stop(self, stop_requests):
         "Raise `Stopped` when the first process has written."
+        if self.writes:
+            self.log.close()
         self.ranks.barrier()
         number = signal.Signals(stop_requests[0] if stop_requests else signal.SIGTERM)
         step = self.history[-1]['step']
@@ -265,7 +286,7 @@ def train(
         if finished is not None:
             return finished
         checkpoints = Resume(resume, config, data, machine.accept_changes, ranks.size)
-        trainer = Trainer(config, machine, stores, checkpoints, ranks)
+        trainer = Trainer(config, machine, stores, checkpoints, ranks, out.with_name(f'{out.name}.live'))
         trainer.run(stop_requests)
         if ranks.rank == 0:
             trainer.write(out, data)
