@@ -135,7 +135,9 @@ def _names(params: dict) -> Iterator[str]:
 
 # %% ../nbs/60_params.ipynb #012
 def _readers(params: dict) -> Iterator[str]:
-    "Datasets whose folder is not given, or whose layout is unknown."
+    "Datasets whose folder is not given, or whose layout or name cannot be."
+    if 'defaults' in params['datasets']:
+        yield 'datasets.defaults should have another name: finetune.defaults is no task, it holds what all tasks share'
     for name, values in params['datasets'].items():
         if values.get('path') is None:
             yield f'datasets.{name}.path should name the folder inside of data/ that holds its files'
@@ -174,8 +176,9 @@ def _tasks(params: dict) -> Iterator[str]:
             yield str(e)
 
 # %% ../nbs/60_params.ipynb #012v
-def _needed(params: dict) -> Iterator[tuple[str, str, str]]: # experiment, variant and a part of the network
-    "Which parts of its network each experiment takes of each variant."
+def _users_of_parts(params: dict) -> dict: # (variant, part of the network) -> names of experiments
+    "The experiments that take a part of a variant's network."
+    users = defaultdict(list)
     for task, settings in params['experiments'].items():
         for setting, variants in settings.items():
             try:
@@ -183,22 +186,28 @@ def _needed(params: dict) -> Iterator[tuple[str, str, str]]: # experiment, varia
             except InputError: # reported by `_tasks`
                 continue
             for variant, part in product(variants, parts):
-                yield f'{task}.{setting}', variant, part
+                users[variant, part].append(f'{task}.{setting}')
+    return users
+
+def _trained_parts(params: dict) -> dict: # variant -> parts of its network
+    "What the variants train that are run; those that do not fit together are reported by `_runs`."
+    trained = {}
+    for variant in params['matrix']['variants']:
+        try:
+            trained[variant] = run_config(params, variant, 0).trained
+        except InputError:
+            continue
+    return trained
 
 def _untrained(params: dict) -> Iterator[str]:
     "Variants that are finetuned with parts of the network that their pretext does not train."
-    experiments = defaultdict(list) # variant and part -> the experiments that take it
-    for experiment, variant, part in _needed(params):
-        experiments[variant, part].append(experiment)
-    for (variant, part), names in experiments.items():
-        try:
-            trained = run_config(params, variant, 0).trained
-        except InputError: # reported by `_runs`
+    trained = _trained_parts(params)
+    for (variant, part), names in _users_of_parts(params).items():
+        if variant not in trained or part in trained[variant]:
             continue
-        if part not in trained:
-            more = f' and {len(names) - 3} more' if len(names) > 3 else ''
-            yield (f'variant {variant} does not train the part {part!r}, which experiments {", ".join(names[:3])}{more} use: '
-                   f'take it out of them, or name settings that use its {", ".join(trained)}')
+        more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+        yield (f'variant {variant} does not train the part {part!r}, which experiments {", ".join(names[:3])}{more} use: '
+               f'take it out of them, or name settings that use its {", ".join(trained[variant])}')
 
 # %% ../nbs/60_params.ipynb #014
 BETWEEN = {
