@@ -190,6 +190,7 @@ def _keep(
             path.write_bytes(content)
         (scratch/'rows.json').write_text(json.dumps(rows))
 
+# %% ../../nbs/73_miniature.files.ipynb #020c2
 def _draw_missing(folders: dict, write_clip: Callable, seed: int, run: Callable, name: str):
     "Draw the blocks that an earlier run has not finished."
     missing = {folder: keys for folder, keys in folders.items() if not folder.exists()}
@@ -213,6 +214,7 @@ def _collect(home: Path, folders: dict) -> list: # a row for each clip
             shutil.copytree(folder/'files', home, dirs_exist_ok=True)
     return rows
 
+# %% ../../nbs/73_miniature.files.ipynb #020d2
 def write_dataset(
     folder: Path, # appears when it is complete; what was drawn before is replaced, nothing else
     dataset: Dataset,
@@ -220,7 +222,7 @@ def write_dataset(
     seed: int,
     run: Callable = map, # or the `map` of a pool of processes
 ):
-    "Write one dataset, resuming where an earlier run was cut off; raises `InputError` where the folder is not a drawn one."
+    "Write one dataset, or resume; raises `InputError` where the folder is there and was not drawn."
     kept = folder.parent/f'.{folder.name}.unfinished'
     if folder.exists() and not (folder/ABOUT).exists():
         raise InputError(f'{folder} exists and was not drawn: move it away, nothing is overwritten')

@@ -121,6 +121,7 @@ def speak(
     words = _word_spans(text, found.words, found.phonemes, len(sound)/RATE)
     return Speech(sound, found.phonemes, words)
 
+# %% ../../nbs/72_miniature.talking.ipynb #012b
 def speak_for(
     rng: np.random.Generator,
     seconds: float, # that the speech lasts at least
@@ -298,6 +299,7 @@ def head_pose(
     dx, dy, tilt = amplitude*np.sin(2*np.pi*frequency*moment + phase)
     return float(face.x + dx*face.size), float(face.y + dy*face.size), float(tilt)
 
+# %% ../../nbs/72_miniature.talking.ipynb #028b
 def face_boxes(
     face: Face,
     moment: float, # seconds
@@ -372,6 +374,7 @@ def _voices(accents: tuple, variants: tuple) -> tuple: # of espeak-ng's names
 
 ALL_VOICES = _voices(ACCENTS, VARIANTS)
 
+# %% ../../nbs/72_miniature.talking.ipynb #033b
 def voice_of(
     rng: np.random.Generator,
     face: Face,
@@ -387,6 +390,9 @@ def voice_of(
     return Voice(name, int(rng.integers(135, 180)), pitch)
 
 # %% ../../nbs/72_miniature.talking.ipynb #034
+#| export
+
+# %% ../../nbs/72_miniature.talking.ipynb #034b
 @dataclass
 class TalkingClip:
     "A clip of a speaker, perhaps beside a silent face."

@@ -191,12 +191,14 @@ SIZES = {name: dataset.sizes for name, dataset in DATASETS.items() if name != 't
 class WorldConfig:
     "What is drawn into data/: the `world` section of params.yaml."
     seed: Seed = 1 # another seed is another world
-    datasets: dict[Name, dict[Name, Count]] = field(default_factory=dict) # dataset -> its numbers of clips; none: nothing is drawn
+    # dataset -> its numbers of clips; none: nothing is drawn
+    datasets: dict[Name, dict[Name, Count]] = field(default_factory=dict)
 
     def __post_init__(self):
         for name, sizes in self.datasets.items():
             if name not in DATASETS:
-                raise InputError(f'world.datasets names {name!r}, which cannot be drawn; there are: {", ".join(DATASETS)}')
+                known = ', '.join(DATASETS)
+                raise InputError(f'world.datasets names {name!r}, which cannot be drawn; there are: {known}')
             if set(sizes) != set(DATASETS[name].sizes):
                 numbers = ', '.join(DATASETS[name].sizes)
                 raise InputError(f'world.datasets.{name} should give these numbers, and no others: {numbers}')
