@@ -389,9 +389,6 @@ def voice_of(
     pitch = 25 + int(50*(place % 1))
     return Voice(name, int(rng.integers(135, 180)), pitch)
 
-# %% ../../nbs/72_miniature.talking.ipynb #034
-#| export
-
 # %% ../../nbs/72_miniature.talking.ipynb #034b
 @dataclass
 class TalkingClip:
