@@ -28,6 +28,7 @@ from .datasets.catalogue import READERS
 from .data.clip import ClipConfig
 from .data.shards import StoreConfig
 from .data.workers import PreprocessConfig
+from .miniature.world import WorldConfig
 from .data.views import ViewConfig
 from .losses import LossConfig
 from .model import ModelConfig
@@ -98,6 +99,7 @@ class Params:
     experiments: Experiments            # for each task and each of its settings, the variants finetuned in it
     audio: AudioConfig                  # sound as a log-mel spectrogram
     store: StoreConfig                  # how decoded clips are kept
+    world: WorldConfig                  # what is drawn into data/
     preprocess: PreprocessConfig        # where files are decoded
     datasets: dict[Name, ClipConfig]    # read from data/<path>, in the dataset's official layout
     views: ViewConfig                   # one span of a clip, seen and heard
@@ -145,6 +147,14 @@ def _readers(params: dict) -> Iterator[str]:
             yield f'datasets.{name}.reader should say which layout its folder has, since none is called like it: {", ".join(READERS)}'
         elif values.get('reader') is not None:
             yield from _unknown([values['reader']], READERS, f'datasets.{name}.reader', 'the list of layouts')
+
+def _drawn(params: dict) -> Iterator[str]:
+    "Datasets that are drawn into one folder and read from another, or not read at all."
+    for name in params['world']['datasets']:
+        yield from _unknown([name], params['datasets'], 'world.datasets', 'datasets')
+        path = params['datasets'].get(name, {}).get('path')
+        if path not in (None, name):
+            yield f'datasets.{name}.path should be {name}, since world.datasets draws it into data/{name}'
 
 def _runs(params: dict) -> Iterator[str]:
     "Variants that do not fit together once their changes are laid over the sections; what several have in common is reported once."
@@ -213,9 +223,10 @@ def _untrained(params: dict) -> Iterator[str]:
 BETWEEN = {
     _names: ('matrix', 'experiments', 'datasets', 'variants', 'localize', 'finetune', 'settings'),
     _readers: ('datasets',),
+    _drawn: ('world', 'datasets'),
     _runs: ('matrix', 'audio', 'datasets', 'views', 'model', 'loss', 'pretrain', 'pretext', 'variants'),
     _tasks: ('experiments', 'datasets', 'finetune', 'settings'),
-    _untrained: tuple(name for name in get_type_hints(Params) if name not in ('study', 'figures', 'machine'))} # check -> the sections that it reads
+    _untrained: tuple(name for name in get_type_hints(Params) if name not in ('study', 'figures', 'machine', 'world'))} # check -> the sections that it reads
 
 def _mistakes(sections: dict) -> list[str]:
     "All that is wrong with a file's sections, each once."
@@ -241,7 +252,7 @@ def check_params(
 
 # %% ../nbs/60_params.ipynb #020
 CLASSES = [AudioConfig, ClipConfig, FiguresConfig, LocalizeConfig, LossConfig, MachineConfig, MatrixConfig, ModelConfig, Params,
-           PreprocessConfig, PretrainConfig, SentenceConfig, StoreConfig, TaskConfig, VariantChanges, ViewConfig, *KINDS]
+           PreprocessConfig, PretrainConfig, SentenceConfig, StoreConfig, TaskConfig, VariantChanges, ViewConfig, WorldConfig, *KINDS]
 
 def _meanings() -> dict: # beginning of the class's name, e.g. Loss -> parameter -> meaning
     "What the comments of the classes say."

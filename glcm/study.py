@@ -20,7 +20,7 @@ from .core import FolderName, InputError, atomic_path, mistakes, override, read_
 from .params import check_params
 
 # %% ../nbs/62a_study.ipynb #005
-LINKS = 'glcm', 'nbs', 'data', 'results', 'README.md', '.venv' # what a study shares with the repository
+LINKS = 'glcm', 'nbs', 'results', 'README.md', '.venv' # what a study shares with the repository
 HEADER = '# Made from params.yaml and params.{study}.yaml: change those, and run the study again.\n'
 
 def dvc(
@@ -38,6 +38,22 @@ def _init_dvc(folder: Path, cache: Path):
     dvc(folder, 'init', '--no-scm', '--quiet')
     dvc(folder, 'config', 'core.analytics', 'false')
     dvc(folder, 'config', 'cache.dir', os.path.relpath(cache, folder))
+
+# %% ../nbs/62a_study.ipynb #005b
+def _link_data(folder: Path, params: dict):
+    "The repository's data; where the study draws some of its own, a folder of links to the others."
+    data, drawn = folder/'data', params['world']['datasets']
+    if drawn:
+        if data.is_symlink():
+            data.unlink()
+        data.mkdir(exist_ok=True)
+        for row in params['datasets'].values():
+            if row['path'] not in drawn and not (data/row['path']).is_symlink():
+                (data/row['path']).symlink_to(Path('..', '..', '..', 'data', row['path']))
+    elif not data.is_symlink():
+        if data.exists():
+            raise InputError(f'{data} holds clips that were drawn, but the study draws none now: remove that folder')
+        data.symlink_to(Path('..', '..', 'data'))
 
 # %% ../nbs/62a_study.ipynb #006
 def _params_of(study: str, repository: Path) -> dict:
@@ -69,6 +85,7 @@ def prepare_study(
     for name in LINKS:
         if not (folder/name).is_symlink():
             (folder/name).symlink_to(Path('..', '..', name))
+    _link_data(folder, params)
     _init_dvc(folder, repository/'.dvc'/'cache')
     return folder
 

@@ -16,8 +16,8 @@ FLOORS = [ # a module imports from lower floors and from its own
     {'training'},
     {'tasks'},
     {'report'},
-    {'params', 'export', 'stage', 'study'},
     {'miniature'},
+    {'params', 'export', 'stage', 'study'},
     {'testing'},
     {'gpu'},
 ]

@@ -14,7 +14,7 @@ from glcm.training.config import MachineConfig, run_config
 from glcm.training.step import training_step
 
 PARAMS = tiny_params()
-STUDIES = 'full', 'paper', 'grid', 'esc10', 'seeds'
+STUDIES = 'full', 'paper', 'grid', 'esc10', 'seeds', 'world'
 
 
 def batch(config, clips=3):
@@ -63,6 +63,7 @@ def test_each_part_of_a_batch_is_counted_once_by_batch_norm():
 
 
 STAGE_MODULES = { # what the notebook of each stage calls; pictures within a notebook are left out, so that they retrain nothing
+    'draw': ['miniature.world'],
     'preprocess': ['datasets.catalogue', 'data.preprocess'],
     'gather': ['data.views'],
     'pretrain': ['training.pretrain'],
