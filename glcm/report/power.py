@@ -13,9 +13,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ..core import InputError, read_params, read_study, root
+from ..core import InputError, read_params, read_study, root, section_of
 from ..datasets.catalogue import read_catalogue
-from ..params import check_params
 from ..tasks.statistics import PairedDesign, detectable_difference, group_numbers
 
 # %% ../../nbs/51b_report.power.ipynb #005
@@ -35,8 +34,8 @@ def power_table(
     "Which difference each task of a study can show; raises `InputError` where a dataset is not there."
     seeds, rows = len(params['matrix']['seeds']), []
     for task in dict.fromkeys([params['localize']['dataset'], *params['experiments']]):
-        about = params['datasets'][task]
-        catalogue = read_catalogue(about.get('reader') or task, Path(data)/about['path'], task)
+        about = section_of(section_of(params, 'datasets'), task)
+        catalogue = read_catalogue(about.get('reader') or task, Path(data)/about.get('path', task), task)
         tested = tested_clips(catalogue)
         groups = int(group_numbers(tested).max()) + 1
         design = PairedDesign(len(tested), groups, seeds)
@@ -52,7 +51,6 @@ def main(arguments: list[str] | None = None):
     given = parser.parse_args(arguments)
     try:
         params = read_study(given.study) if given.study else read_params()
-        check_params(params)
         table = power_table(params, given.data or root()/'data')
     except InputError as e:
         sys.exit(str(e))

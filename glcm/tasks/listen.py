@@ -13,7 +13,7 @@ import torch
 
 from ..attention import attention_scores
 from ..core import generator, progress
-from ..data.audio import AudioConfig, noise_mel, silent_mel
+from ..data.audio import noise_mel, silent_mel
 from ..data.shards import ClipStore
 from ..data.table import chance
 from ..data.views import scale_mel
@@ -31,9 +31,9 @@ def similarity_maps(
 ) -> torch.Tensor: # (n, H, W)
     "The similarity of each cell with each sound; raises `InputError` where they were not trained."
     model.check_trained(ATTENTION_PARTS, 'an attention map')
-    frames = normalize_frames(video, model.mean, model.std)
+    frames = normalize_frames(video.to(model.mean.device), model.mean, model.std)
     cells = model.embed('video_global', model.global_features(frames)) # (1, D, H, W)
-    features = model.audio_encoder(audio).mean(-1, keepdim=True)
+    features = model.audio_encoder(audio.to(model.mean.device)).mean(-1, keepdim=True)
     sounds = model.embed('audio_global', features).squeeze(-1) # (n, D)
     return attention_scores(sounds, cells.expand(len(sounds), -1, -1, -1), 1.0)
 

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import InputError, generator, progress
+from ..core import generator, progress
 from ..data.shards import ClipStore
 from ..data.views import prepare_inputs
 from ..model import PARTS, GLCM, normalize_frames
@@ -29,8 +29,8 @@ def fit_of_sounds(
 ) -> np.ndarray: # (n,) higher is better
     "How well each sound fits the picture, step by step; raises `InputError` where the model was not trained for it."
     model.check_trained(PARTS, 'synchronisation')
-    frames = normalize_frames(video, model.mean, model.std)
-    features = model.audio_encoder(audio) # (n, C, T*M)
+    frames = normalize_frames(video.to(model.mean.device), model.mean, model.std)
+    features = model.audio_encoder(audio.to(model.mean.device)) # (n, C, T*M)
     _, _, attention = model.global_pathway(frames, features.mean(0, keepdim=True))
     z_v = model.embed('video_local', model.local_features(frames, attention))[0] # (D, T)
     z_a = model.embed('audio_local', features).unflatten(2, (z_v.shape[1], -1)) # (n, D, T, M)
