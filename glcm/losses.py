@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['COUNTS', 'ALONE', 'global_bags', 'local_bags', 'dense_mil_nce', 'Block', 'anchor_blocks', 'own_scores',
            'block_scores', 'bag_log_sums', 'streamed_log_sums', 'negative_gradient', 'score_gradient', 'StreamedMILNCE',
-           'default_block', 'streamed_mil_nce', 'mil_nce_global', 'mil_nce_local', 'LossConfig']
+           'default_block', 'streamed_mil_nce', 'mil_nce_global', 'mil_nce_local', 'silence_loss', 'LossConfig']
 
 # %% ../nbs/03_losses.ipynb #002
 import math
@@ -14,6 +14,7 @@ from typing import Annotated, Literal, NamedTuple
 
 import torch
 from pydantic import Field, StrictBool, StrictFloat
+from torch.nn.functional import softplus
 
 from .core import Count, InputError, configuration
 from .distributed import Ranks
@@ -237,6 +238,21 @@ def mil_nce_local(
     anchors, bags = local_bags(z_a, z_v)
     return streamed_mil_nce(anchors, bags, temperature, count_positives, block, ranks)
 
+# %% ../nbs/03_losses.ipynb #021b
+def silence_loss(
+    z_a: torch.Tensor, # (B, D) global audio embeddings
+    z_n: torch.Tensor, # (B, D) global embeddings of silence or noise, one for each clip
+    z_v: torch.Tensor, # (B, D, H, W) global visual embeddings, one per cell
+    temperature: float, # divides the scores, > 0
+) -> torch.Tensor: # scalar, mean over this rank's clips, at least float32
+    "How much better silence or noise fits a clip's cells than its own sound does."
+    precision = torch.promote_types(z_v.dtype, torch.float32)
+    with torch.autocast(z_v.device.type, enabled=False):
+        cells = z_v.flatten(2).to(precision)/temperature
+        own = torch.einsum('bd,bdc->bc', z_a.to(precision), cells).logsumexp(1)
+        nothing = torch.einsum('bd,bdc->bc', z_n.to(precision), cells).logsumexp(1)
+        return softplus(nothing - own).mean()
+
 # %% ../nbs/03_losses.ipynb #023
 @configuration
 class LossConfig:
@@ -248,3 +264,4 @@ class LossConfig:
     normalize: StrictBool # as model.normalize: embeddings, and averages of them, have length one
     block: Count # anchors of the local loss in memory at once; 0: a few MB of them
     negatives: Literal['batch', 'world'] # clips compared with: those of this process, or of all of them
+    silence: Annotated[StrictFloat, Field(ge=0, le=1000)] = 0.0 # weight of silence and noise as further negatives; not in the paper
