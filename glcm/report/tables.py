@@ -50,7 +50,7 @@ def read_localization(
     return scores, synchronisation
 
 # %% ../../nbs/51_report.tables.ipynb #007
-PREDICTION_TEXTS = 'split', 'clip', 'group', 'label', 'text', 'predicted', 'setting'
+PREDICTION_TEXTS = 'split', 'clip', 'group', 'label', 'text', 'predicted', 'neighbours', 'setting'
 
 def read_predictions(
     path: str | Path, # a predictions.csv
@@ -275,7 +275,11 @@ SETTING_NAMES = { # the share of the labels is counted, and added
     'lips': 'lip crop',
     'face': 'face crop',
     'attention': 'whole frame, attention',
-    'sound': 'with sound'}
+    'sound': 'with sound',
+    'layers': 'frozen, sum over layers',
+    'neighbours': 'nearest neighbours',
+    'local_layers': 'frozen, sum over local layers',
+    'local_neighbours': 'local nearest neighbours'}
 TOO_FEW_GROUPS = 'too few groups'
 
 # %% ../../nbs/51_report.tables.ipynb #031
