@@ -68,7 +68,7 @@ STAGE_MODULES = { # what the notebook of each stage calls; pictures within a not
     'pretrain': ['training.pretrain'],
     'localize': ['tasks.localize', 'tasks.attend', 'report.figures'],
     'finetune': ['tasks.finetune'],
-    'figures': ['tasks.attend', 'report.figures', 'report.tables'],
+    'figures': ['tasks.attend', 'report.figures', 'report.learned', 'report.tables'],
 }
 
 
