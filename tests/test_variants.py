@@ -66,8 +66,8 @@ STAGE_MODULES = { # what the notebook of each stage calls; pictures within a not
     'preprocess': ['datasets.catalogue', 'data.preprocess'],
     'gather': ['data.views'],
     'pretrain': ['training.pretrain'],
-    'localize': ['tasks.localize', 'tasks.attend', 'report.figures'],
-    'finetune': ['tasks.finetune'],
+    'localize': ['tasks.measure', 'tasks.attend', 'report.figures'],
+    'finetune': ['tasks.experiment'],
     'figures': ['tasks.attend', 'report.figures', 'report.learned', 'report.tables'],
 }
 

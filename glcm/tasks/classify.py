@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ..core import InputError
 from ..distributed import Ranks
+from ..encoders import SignalBatchNorm
 from ..losses import ALONE
 from ..model import GLCM
 from ..training.config import RunConfig
@@ -36,7 +37,7 @@ class Classifier(TaskNetwork):
         self.labels = ['REAL', 'FAKE'] if self.is_fake_task else sorted(set(labels))
         self.features = task_features(model, run, config)
         channels = self.features.channels
-        self.norm = nn.BatchNorm1d(channels, affine=False) if config.probe else nn.Identity()
+        self.norm = SignalBatchNorm(channels, affine=False) if config.probe else nn.Identity()
         self.layer_sum = layer_sum(self.features)
         self.head = nn.Linear(channels, 1 if self.is_fake_task else len(self.labels))
 

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from contextlib import contextmanager
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
@@ -160,12 +161,6 @@ def needed_parts(
     return list(dict.fromkeys(parts))
 
 # %% ../../nbs/44_tasks.features.ipynb #008
-def _batch_weight(video, audio, length=None) -> int:
-    "How much a batch counts in a mean: by its clips, or by their frames where their lengths differ."
-    if length is not None:
-        return int(length.sum())
-    return len(audio if video is None else video)
-
 class Features(nn.Module):
     "The encoders of a pretrained model as a sequence of features: (B, channels, T)."
     def __init__(self, model: GLCM, run: RunConfig, config: TaskConfig):
@@ -197,26 +192,6 @@ class Features(nn.Module):
         self.frozen = frozen
         self.encoders.requires_grad_(not frozen).train(self.training and not frozen)
 
-    def compile_encoders(self):
-        "Compile the encoders for batches without padding; what cannot be compiled runs as it is."
-        torch._dynamo.config.suppress_errors = True
-        self.compiled = {name: torch.compile(encoder) for name, encoder in self.encoders.items()}
-
-    def reset_statistics(
-        self,
-        batches: Iterable, # of inputs of the forward pass
-        ranks: Ranks = ALONE, # processes that each have some of the batches
-    ):
-        "Give the encoders' batch norms the mean statistics of these batches, in place of those of pretraining."
-        seen = 0
-        def weighed():
-            nonlocal seen
-            for batch in batches:
-                seen += _batch_weight(*batch)
-                yield batch
-        reset_batchnorm_statistics(self.encoders, weighed(), self, _batch_weight)
-        merge_statistics(self.encoders, seen, ranks)
-
     def train(self, mode: bool = True):
         "Training or evaluation; the attention model and frozen encoders are never in training."
         super().train(mode)
@@ -226,64 +201,101 @@ class Features(nn.Module):
             self.encoders.eval()
         return self
 
-    def forward(
-        self,
-        video: torch.Tensor | None, # (B, 3, T, h, w) uint8
-        audio: torch.Tensor | None, # (B, F, N) log-mel of the same time
-        length: torch.Tensor | None = None, # (B,) frames of each clip, on the CPU; None: all T
-    ) -> torch.Tensor: # (B, channels, T); of sound alone (B, channels, slices)
-        "The features of a batch of windows; raises `InputError` for shapes that do not fit."
-        if not self.config.uses_video:
-            return self.audio_features(audio)
-        steps = video.shape[2]
-        if length is not None and not (length < steps).any():
-            length = None # nothing is padded
-        frames = self.normalized(video, length)
-        attention = None
-        if self.attention_model:
-            attention = attention_maps(self.attention_model, frames, audio, length)
-        parts = []
-        if 'global' in self.encoders:
-            parts.append(self.sparse_features(frames, attention, length))
-        if 'local' in self.encoders:
-            parts.append(self.pooled('local', frames, attention, length))
-        if 'audio' in self.encoders:
-            parts.append(F.interpolate(self.audio_features(audio), steps, mode='nearest'))
-        return torch.cat(parts, 1)
+# %% ../../nbs/44_tasks.features.ipynb #008f
+@patch
+def forward(
+    self: Features,
+    video: torch.Tensor | None, # (B, 3, T, h, w) uint8
+    audio: torch.Tensor | None, # (B, F, N) log-mel of the same time
+    length: torch.Tensor | None = None, # (B,) frames of each clip, on the CPU; None: all T
+) -> torch.Tensor: # (B, channels, T); of sound alone (B, channels, slices)
+    "The features of a batch of windows; raises `InputError` for shapes that do not fit."
+    if not self.config.uses_video:
+        return self.audio_features(audio)
+    steps = video.shape[2]
+    if length is not None and not (length < steps).any():
+        length = None # nothing is padded
+    frames = self.normalized(video, length)
+    attention = None
+    if self.attention_model:
+        attention = attention_maps(self.attention_model, frames, audio, length)
+    parts = []
+    if 'global' in self.encoders:
+        parts.append(self.sparse_features(frames, attention, length))
+    if 'local' in self.encoders:
+        parts.append(self.pooled('local', frames, attention, length))
+    if 'audio' in self.encoders:
+        parts.append(F.interpolate(self.audio_features(audio), steps, mode='nearest'))
+    return torch.cat(parts, 1)
 
-    def normalized(self, video, length):
-        "(B, 3, T, h, w): the frames as the encoders take them, zero in the padding."
-        if video.ndim != 5 or video.shape[1] != 3 or video.dtype != torch.uint8 or min(video.shape[3:]) < 32:
-            raise InputError('video should be (B, 3, T, h, w) uint8 of at least 32x32 pixels, '
-                             f'not {tuple(video.shape)} {video.dtype}')
-        frames = normalize_frames(video, self.mean, self.std)
-        if length is None:
-            return frames
-        mask = length_mask(length, video.shape[2], video.device)
-        return frames*mask[:, None, :, None, None]
+@patch
+def audio_features(self: Features, audio):
+    "(B, C, slices): the features of the audio encoder."
+    return self.compiled.get('audio', self.encoders['audio'])(audio)
 
-    def audio_features(self, audio):
-        "(B, C, slices): the features of the audio encoder."
-        return self.compiled.get('audio', self.encoders['audio'])(audio)
+# %% ../../nbs/44_tasks.features.ipynb #008h
+@patch
+def normalized(self: Features, video, length):
+    "(B, 3, T, h, w): the frames as the encoders take them, zero in the padding."
+    if video.ndim != 5 or video.shape[1] != 3 or video.dtype != torch.uint8 or min(video.shape[3:]) < 32:
+        raise InputError('video should be (B, 3, T, h, w) uint8 of at least 32x32 pixels, '
+                         f'not {tuple(video.shape)} {video.dtype}')
+    frames = normalize_frames(video, self.mean, self.std)
+    if length is None:
+        return frames
+    mask = length_mask(length, video.shape[2], video.device)
+    return frames*mask[:, None, :, None, None]
 
-    def sparse_features(self, frames, attention, length):
-        "(B, C, T): the features of the global encoder, each repeated for the frames that it stands for."
-        sparse = frames[:, :, ::self.stride]
-        sparse_length = None if length is None else -(-length//self.stride)
-        features = self.pooled('global', sparse, attention, sparse_length)
-        frames_per_step = self.stride*temporal_stride(sparse.shape[2], features.shape[2])
-        steps = torch.arange(frames.shape[2], device=frames.device)//frames_per_step
-        return features[:, :, steps]
+@patch
+def sparse_features(self: Features, frames, attention, length):
+    "(B, C, T): the features of the global encoder, each repeated for the frames that it stands for."
+    sparse = frames[:, :, ::self.stride]
+    sparse_length = None if length is None else -(-length//self.stride)
+    features = self.pooled('global', sparse, attention, sparse_length)
+    frames_per_step = self.stride*temporal_stride(sparse.shape[2], features.shape[2])
+    steps = torch.arange(frames.shape[2], device=frames.device)//frames_per_step
+    return features[:, :, steps]
 
-    def pooled(self, name, frames, attention, length):
-        "(B, C, T'): the features of one encoder, pooled over space (Section 3.3)."
-        encoder = self.encoders[name]
-        if length is None:
-            features = self.compiled.get(name, encoder)(frames)
-        else:
-            with masked_padding(encoder, length, frames.shape[2]):
-                features = encoder(frames)
-        return mean_pool(features) if attention is None else attention_pool(features, attention)
+# %% ../../nbs/44_tasks.features.ipynb #008j
+@patch
+def compile_encoders(self: Features):
+    "Compile the encoders for batches without padding; what cannot be compiled runs as it is."
+    torch._dynamo.config.suppress_errors = True
+    self.compiled = {name: torch.compile(encoder) for name, encoder in self.encoders.items()}
+
+@patch
+def pooled(self: Features, name, frames, attention, length):
+    "(B, C, T'): the features of one encoder, pooled over space (Section 3.3)."
+    encoder = self.encoders[name]
+    if length is None:
+        features = self.compiled.get(name, encoder)(frames)
+    else:
+        with masked_padding(encoder, length, frames.shape[2]):
+            features = encoder(frames)
+    return mean_pool(features) if attention is None else attention_pool(features, attention)
+
+# %% ../../nbs/44_tasks.features.ipynb #008l
+def _batch_weight(video, audio, length=None) -> int:
+    "How much a batch counts in a mean: by its clips, or by their frames where their lengths differ."
+    if length is not None:
+        return int(length.sum())
+    return len(audio if video is None else video)
+
+@patch
+def reset_statistics(
+    self: Features,
+    batches: Iterable, # of inputs of the forward pass
+    ranks: Ranks = ALONE, # processes that each have some of the batches
+):
+    "Give the encoders' batch norms the mean statistics of these batches, in place of those of pretraining."
+    seen = 0
+    def weighed():
+        nonlocal seen
+        for batch in batches:
+            seen += _batch_weight(*batch)
+            yield batch
+    reset_batchnorm_statistics(self.encoders, weighed(), self, _batch_weight)
+    merge_statistics(self.encoders, seen, ranks)
 
 # %% ../../nbs/44_tasks.features.ipynb #008b
 class TaskNetwork(nn.Module):
