@@ -69,7 +69,7 @@ STAGE_MODULES = { # what the notebook of each stage calls; pictures within a not
     'pretrain': ['training.pretrain'],
     'localize': ['tasks.measure', 'tasks.attend', 'tasks.listen', 'tasks.match', 'report.figures'],
     'finetune': ['tasks.experiment'],
-    'figures': ['tasks.attend', 'report.claims', 'report.figures', 'report.tables'],
+    'figures': ['tasks.attend', 'report.claims', 'report.figures', 'report.learned', 'report.tables'],
 }
 
 

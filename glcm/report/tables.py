@@ -55,7 +55,7 @@ def read_localization(
     return pd.read_csv(check_run(folder/file), dtype=texts)
 
 # %% ../../nbs/51_report.tables.ipynb #007
-PREDICTION_TEXTS = 'split', 'clip', 'group', 'label', 'text', 'predicted', 'setting'
+PREDICTION_TEXTS = 'split', 'clip', 'group', 'label', 'text', 'predicted', 'neighbours', 'setting'
 
 def read_predictions(
     path: str | Path, # a predictions.csv
@@ -299,7 +299,11 @@ SETTING_NAMES = { # the share of the labels is counted, and added
     'lips': 'lip crop',
     'face': 'face crop',
     'attention': 'whole frame, attention',
-    'sound': 'with sound'}
+    'sound': 'with sound',
+    'layers': 'frozen, sum over layers',
+    'neighbours': 'nearest neighbours',
+    'local_layers': 'frozen, sum over local layers',
+    'local_neighbours': 'local nearest neighbours'}
 TOO_FEW_GROUPS = 'too few groups'
 
 # %% ../../nbs/51_report.tables.ipynb #031

@@ -16,7 +16,8 @@ from ..encoders import SignalBatchNorm
 from ..losses import ALONE
 from ..model import GLCM
 from ..training.config import RunConfig
-from .features import Features, TaskNetwork, clip_mean
+from .features import TaskNetwork, clip_mean
+from .layers import layer_sum, task_features
 from .config import TaskConfig
 from .ranks import batch_share
 
@@ -34,9 +35,10 @@ class Classifier(TaskNetwork):
         self.config = config
         self.is_fake_task = config.target == 'fake'
         self.labels = ['REAL', 'FAKE'] if self.is_fake_task else sorted(set(labels))
-        self.features = Features(model, run, config)
+        self.features = task_features(model, run, config)
         channels = self.features.channels
         self.norm = SignalBatchNorm(channels, affine=False) if config.probe else nn.Identity()
+        self.layer_sum = layer_sum(self.features)
         self.head = nn.Linear(channels, 1 if self.is_fake_task else len(self.labels))
 
     def from_features(
@@ -47,7 +49,7 @@ class Classifier(TaskNetwork):
         "The logits of a batch; in float32, whatever the precision of the encoders."
         with torch.autocast(features.device.type, enabled=False):
             means = self.compress(features, length).squeeze(2)
-            return self.head(self.norm(means))
+            return self.head(self.layer_sum(self.norm(means)))
 
     def compress(self, features, length): # (B, channels, 1)
         "The means suffice; in float32, which a sum over time needs."

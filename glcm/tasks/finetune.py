@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['CACHED_VIEWS', 'NETWORKS', 'METRICS', 'NOTHING_DONE', 'TRAINING', 'CHOICES', 'to_inputs', 'forward_batch',
            'check_memory', 'cached_keys', 'CachedFeatures', 'BatchLoss', 'batch_loss', 'Phase', 'fit',
-           'prediction_batches', 'predict_batches', 'predict_clips', 'save_network', 'load_network', 'validation_score',
-           'best_candidate', 'check_spectrograms', 'read_targets', 'FinetuneJob', 'predict_split', 'weights_hash',
-           'identity', 'FinetuneProgress', 'train_network', 'compare_candidates', 'train_best', 'run_job', 'finetune']
+           'prediction_batches', 'predict_batches', 'predict_clips', 'memorise_clips', 'network_kind', 'save_network',
+           'load_network', 'validation_score', 'best_candidate', 'check_spectrograms', 'read_targets', 'FinetuneJob',
+           'predict_split', 'weights_hash', 'identity', 'FinetuneProgress', 'train_network', 'compare_candidates',
+           'train_best', 'run_job', 'finetune']
 
 # %% ../../nbs/47_tasks.finetune.ipynb #002
 import copy
@@ -35,6 +36,7 @@ from ..model import GLCM
 from .classify import Classifier
 from .config import TaskConfig, parse_task
 from .features import TaskNetwork
+from .neighbours import NeighbourClassifier, clip_feature
 from .metrics import deepfake_scores, sentence_errors, sentence_scores
 from .ranks import gather_in_order, gather_tensors, share_statistics
 from .sentences import SentenceRecognizer
@@ -278,14 +280,16 @@ def predict_batches(
     windows: LabelledWindows,
     batches: list, # as from `prediction_batches`
     workers: int = 0, # loader processes
+    predict: Callable | None = None, # of a clip's outputs; None: the network's own
 ): # yields a list of (number of the clip, prediction) for each batch
     "Predict the clips of each batch."
+    predict = predict or network.predict
     device = next(network.parameters()).device
     keys = [sum(batch, []) for batch in batches]
     for batch in window_batches(windows, keys, workers):
         per_clip = len(batch['clip'])//len(set(batch['clip']))
         outputs = network.outputs_to_predict(forward_batch(network, batch, device)).split(per_clip)
-        yield [(clip, network.predict(output)) for clip, output in zip(batch['clip'][::per_clip], outputs)]
+        yield [(clip, predict(output)) for clip, output in zip(batch['clip'][::per_clip], outputs)]
 
 def predict_clips(
     network: TaskNetwork, # finetuned
@@ -293,14 +297,33 @@ def predict_clips(
     clips: list, # numbers of the test clips
     workers: int = 0, # loader processes
     ranks: Ranks = ALONE, # processes that share the batches
+    predict: Callable | None = None, # of a clip's outputs; None: the network's own
 ): # yields (number of the clip, prediction) of all clips, on all ranks
     "Predict each clip."
     own = prediction_batches(clips, network.config)[ranks.rank::ranks.size]
-    for predictions in gather_in_order(predict_batches(network, windows, own, workers), ranks):
+    for predictions in gather_in_order(predict_batches(network, windows, own, workers, predict), ranks):
         yield from predictions
+
+def memorise_clips(
+    network: NeighbourClassifier,
+    windows: LabelledWindows,
+    clips: list, # numbers of the training clips, in the order of the network's labels
+    workers: int = 0, # loader processes
+    ranks: Ranks = ALONE, # processes that share the clips
+) -> NeighbourClassifier: # the network, in evaluation mode
+    "Compute the features of the training clips: all that there is to learn where nothing is trained."
+    features = dict(predict_clips(network.eval(), windows, clips, workers, ranks, clip_feature))
+    network.memorise(torch.stack([features[i] for i in clips]))
+    return network
 
 # %% ../../nbs/47_tasks.finetune.ipynb #010
 NETWORKS = dict(label=Classifier, fake=Classifier, text=SentenceRecognizer) # target -> network
+
+def network_kind(
+    config: TaskConfig,
+) -> type[TaskNetwork]:
+    "The kind of a task's network."
+    return NeighbourClassifier if config.neighbours else NETWORKS[config.target]
 
 def save_network(
     path: str | Path, # the file to write
@@ -323,7 +346,7 @@ def load_network(
     state = read_state(path, 'finetuned network', run=dict, task=dict, labels=list, weights=dict)
     run = parse(RunConfig, state['run'], f'the run in {path}')
     config = parse_task(state['task'], f'the task in {path}')
-    network = NETWORKS[config.target](GLCM(run.model), run, config, state['labels'])
+    network = network_kind(config)(GLCM(run.model), run, config, state['labels'])
     fit_to = f'its {len(state["labels"])} labels and its configuration'
     return with_weights(network, state['weights'], path, fit_to), run
 
@@ -395,7 +418,7 @@ class FinetuneJob:
         "The network of a candidate before it is trained."
         seed_everything(self.seed)
         labels = [self.store.clips[i]['label'] for i in split.train]
-        network = NETWORKS[config.target](copy.deepcopy(self.model), self.run, config, labels)
+        network = network_kind(config)(copy.deepcopy(self.model), self.run, config, labels)
         if self.compile:
             network.features.compile_encoders()
         return network.to(self.ranks.device, memory_format=torch.channels_last_3d)
@@ -525,6 +548,8 @@ def train_network(
     network = job.network(split, config)
     targets = read_targets(network, job.store, [*split.train, *split.test, *split.validate])
     windows = job.windows(targets, config)
+    if config.neighbours:
+        return memorise_clips(network, windows, clips, job.workers, job.ranks)
     return fit(network, windows, clips, job.seed, job.workers, done.take_interrupted(), done.save, job.ranks)
 
 # %% ../../nbs/47_tasks.finetune.ipynb #012a

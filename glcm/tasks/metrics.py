@@ -6,10 +6,11 @@
 __all__ = ['NEGATIVE_SOUNDS', 'MEASURED', 'box_weights', 'box_mask', 'pointing_hit', 'above_half_range', 'above_median', 'ciou',
            'success_rate', 'success_auc', 'localization_scores', 'baseline_maps', 'synchronisation_hits',
            'synchronisation_scores', 'listening_scores', 'offset_scores', 'matching_scores', 'mosaic_scores',
-           'top1_correct', 'top1_scores', 'rank_auc', 'balanced_accuracy', 'deepfake_scores', 'sentence_errors',
-           'sentence_scores', 'task_scorer']
+           'top1_correct', 'top1_scores', 'retrieval_correct', 'retrieval_scores', 'rank_auc', 'balanced_accuracy',
+           'deepfake_scores', 'sentence_errors', 'sentence_scores', 'task_scorer']
 
 # %% ../../nbs/40_tasks.metrics.ipynb #002
+import json
 import math
 from collections.abc import Callable
 
@@ -221,6 +222,22 @@ def top1_scores(
     present = total > 0 # a bootstrap may leave a whole split out
     return dict(top1=np.mean(correct[present]/total[present]))
 
+def retrieval_correct(
+    predictions: pd.DataFrame, # a row per test clip: split, label, predicted, and neighbours, a JSON list of labels
+) -> pd.DataFrame: # as `top1_correct`, and found (bool)
+    "Which clips have a clip of their class as the nearest, and which among the nearest ones."
+    nearest = predictions.neighbours.map(json.loads)
+    found = [label in labels for label, labels in zip(predictions.label, nearest)]
+    return top1_correct(predictions).assign(found=found)
+
+def retrieval_scores(
+    clips: pd.DataFrame, # as from `retrieval_correct`
+    counts: np.ndarray, # (n,) how often each clip counts
+) -> dict: # top1 and top5
+    "Recall at 1 and at 5 (Han et al. 2020), averaged over the splits."
+    among_nearest = clips.assign(correct=clips.found)
+    return top1_scores(clips, counts) | dict(top5=top1_scores(among_nearest, counts)['top1'])
+
 # %% ../../nbs/40_tasks.metrics.ipynb #034
 def rank_auc(
     fake: np.ndarray, # (n,) float64 scores of the fakes
@@ -313,4 +330,6 @@ def task_scorer(
     for column, scorer in MEASURED.items():
         if column in table:
             return table, scorer
+    if 'neighbours' in table and table.neighbours.astype(bool).all(): # empty in the rows of other settings
+        return retrieval_correct(table), retrieval_scores
     return top1_correct(table), top1_scores

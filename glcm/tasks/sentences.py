@@ -18,7 +18,8 @@ from ..distributed import Ranks
 from ..losses import ALONE
 from ..model import GLCM
 from ..training.config import RunConfig
-from .features import Features, TaskNetwork, length_mask
+from .features import TaskNetwork, length_mask
+from .layers import layer_sum, task_features
 from .config import SentenceConfig
 from .ranks import batch_share
 
@@ -77,7 +78,8 @@ class SentenceRecognizer(TaskNetwork):
     ):
         super().__init__()
         self.config = config
-        self.features = Features(model, run, config)
+        self.features = task_features(model, run, config)
+        self.layer_sum = layer_sum(self.features)
         channels, size, classes = self.features.channels, config.size, len(CHARACTERS) + 1
         layer = dict(d_model=size, nhead=config.heads, dim_feedforward=4*size, dropout=config.dropout,
                      batch_first=True, norm_first=True)
@@ -97,7 +99,7 @@ class SentenceRecognizer(TaskNetwork):
         length: torch.Tensor | None = None, # (B,) frames of each utterance, on the CPU; None: all T
     ) -> torch.Tensor: # (B, T, size)
         "The encoded frames."
-        features = features.transpose(1, 2)
+        features = self.layer_sum(features).transpose(1, 2)
         steps = features.shape[1]
         frames = self.project(features) + positional_encoding(steps, self.config.size, features.device)
         padding = None if length is None else ~length_mask(length, steps, features.device)
