@@ -43,19 +43,23 @@ class FramesConv3d(nn.Conv3d):
     "A 3D convolution over (B, C, T, H, W), padded by half its kernel, that is right and cheap for any T."
     def forward(self, x):
         frames, kernel = x.shape[2], self.kernel_size[0]
-        if frames < kernel and (frames == 1 or x.device.type == 'cpu'):
-            return self._frame_by_frame(x)
+        if frames == 1 and kernel > 1:
+            return self._middle_slice(x)
+        if frames < kernel and x.device.type == 'cpu':
+            return self._padded_beforehand(x)
         return super().forward(x)
 
-    def _frame_by_frame(self, x):
-        "Of few frames: each output takes those slices of the kernel that meet a frame, and no padding."
-        (kernel, *_), (stride, *stride2d), (padding, *padding2d) = self.kernel_size, self.stride, self.padding
-        outputs = []
-        for start in range(-padding, x.shape[2] - padding, stride):
-            first, last = max(start, 0), min(start + kernel, x.shape[2])
-            weight = self.weight[:, :, first - start:last - start]
-            outputs.append(F.conv3d(x[:, :, first:last], weight, self.bias, (1, *stride2d), (0, *padding2d)))
-        return torch.cat(outputs, 2) if len(outputs) > 1 else outputs[0]
+    def _middle_slice(self, x):
+        "Of a single frame: the other slices of the kernel would meet nothing but padding."
+        middle = self.kernel_size[0]//2
+        weight = self.weight[:, :, middle:middle + 1]
+        return F.conv3d(x, weight, self.bias, (1, *self.stride[1:]), (0, *self.padding[1:]))
+
+    def _padded_beforehand(self, x):
+        "Of few frames on a CPU: oneDNN's bfloat16 gradients are wrong where it pads them itself."
+        time, *space = self.padding
+        padded = F.pad(x, (0, 0, 0, 0, time, time))
+        return F.conv3d(padded, self.weight, self.bias, self.stride, (0, *space))
 
 # %% ../nbs/01_encoders.ipynb #a1f0c001
 def space_to_depth(
