@@ -1,5 +1,7 @@
 # Each target sets the environment up first; that is quick when nothing changed.
 #   make repro    the whole pipeline, from the sample data (or your own in data/) to results/; with STUDY=full, that of params.full.yaml
+#                 (with MINUTES=10 ten minutes of it; the same call goes on where it ended)
+#   make gpu      on a machine with a GPU: check, time and train for MINUTES (28), to results/gpu/; elsewhere a dry run
 #   make test     every notebook as a test, then pytest
 #   make slow     the notebook cells and tests that take minutes
 #   make lab      JupyterLab on the repository
@@ -19,7 +21,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Threads that wait for each other leave their core to other processes instead of spinning on it.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help repro test slow lab docs lock weights sample data-present
+.PHONY: help repro test slow gpu lab docs lock weights sample data-present
 .DELETE_ON_ERROR:
 
 help:
@@ -27,7 +29,7 @@ help:
 
 ifdef STUDY
 repro: $(READY) data-present
-	@$(BIN)/python -m glcm.study $(STUDY)
+	@$(BIN)/python -m glcm.study $(STUDY) $(if $(MINUTES),--minutes $(MINUTES))
 else
 repro: $(READY) data-present
 	@$(BIN)/python -m glcm.params check
@@ -43,6 +45,9 @@ test: $(READY) data-present
 slow: $(READY) data-present
 	@$(BIN)/nbdev_test --flags slow --n_workers 1 --do_print --timing
 	@$(BIN)/pytest -m slow
+
+gpu: $(READY) data-present
+	@$(BIN)/python -m glcm.gpu.run $(if $(MINUTES),--minutes $(MINUTES))
 
 lab: $(READY) data-present
 	@$(BIN)/jupyter-lab

@@ -28,6 +28,7 @@ from .datasets.catalogue import READERS
 from .data.clip import ClipConfig
 from .data.shards import StoreConfig
 from .data.workers import PreprocessConfig
+from .miniature.world import WorldConfig
 from .data.views import ViewConfig
 from .losses import LossConfig
 from .model import ModelConfig
@@ -98,6 +99,7 @@ class Params:
     experiments: Experiments            # for each task and each of its settings, the variants finetuned in it
     audio: AudioConfig                  # sound as a log-mel spectrogram
     store: StoreConfig                  # how decoded clips are kept
+    world: WorldConfig                  # what is drawn into data/
     preprocess: PreprocessConfig        # where files are decoded
     datasets: dict[Name, ClipConfig]    # read from data/<path>, in the dataset's official layout
     views: ViewConfig                   # one span of a clip, seen and heard
@@ -135,7 +137,9 @@ def _names(params: dict) -> Iterator[str]:
 
 # %% ../nbs/60_params.ipynb #012
 def _readers(params: dict) -> Iterator[str]:
-    "Datasets whose folder is not given, or whose layout is unknown."
+    "Datasets whose folder is not given, or whose layout or name cannot be."
+    if 'defaults' in params['datasets']:
+        yield 'datasets.defaults should have another name: finetune.defaults is no task, it holds what all tasks share'
     for name, values in params['datasets'].items():
         if values.get('path') is None:
             yield f'datasets.{name}.path should name the folder inside of data/ that holds its files'
@@ -143,6 +147,14 @@ def _readers(params: dict) -> Iterator[str]:
             yield f'datasets.{name}.reader should say which layout its folder has, since none is called like it: {", ".join(READERS)}'
         elif values.get('reader') is not None:
             yield from _unknown([values['reader']], READERS, f'datasets.{name}.reader', 'the list of layouts')
+
+def _drawn(params: dict) -> Iterator[str]:
+    "Datasets that are drawn into one folder and read from another, or not read at all."
+    for name in params['world']['datasets']:
+        yield from _unknown([name], params['datasets'], 'world.datasets', 'datasets')
+        path = params['datasets'].get(name, {}).get('path')
+        if path not in (None, name):
+            yield f'datasets.{name}.path should be {name}, since world.datasets draws it into data/{name}'
 
 def _runs(params: dict) -> Iterator[str]:
     "Variants that do not fit together once their changes are laid over the sections; what several have in common is reported once."
@@ -174,8 +186,9 @@ def _tasks(params: dict) -> Iterator[str]:
             yield str(e)
 
 # %% ../nbs/60_params.ipynb #012v
-def _needed(params: dict) -> Iterator[tuple[str, str, str]]: # experiment, variant and a part of the network
-    "Which parts of its network each experiment takes of each variant."
+def _users_of_parts(params: dict) -> dict: # (variant, part of the network) -> names of experiments
+    "The experiments that take a part of a variant's network."
+    users = defaultdict(list)
     for task, settings in params['experiments'].items():
         for setting, variants in settings.items():
             try:
@@ -183,30 +196,37 @@ def _needed(params: dict) -> Iterator[tuple[str, str, str]]: # experiment, varia
             except InputError: # reported by `_tasks`
                 continue
             for variant, part in product(variants, parts):
-                yield f'{task}.{setting}', variant, part
+                users[variant, part].append(f'{task}.{setting}')
+    return users
+
+def _trained_parts(params: dict) -> dict: # variant -> parts of its network
+    "What the variants train that are run; those that do not fit together are reported by `_runs`."
+    trained = {}
+    for variant in params['matrix']['variants']:
+        try:
+            trained[variant] = run_config(params, variant, 0).trained
+        except InputError:
+            continue
+    return trained
 
 def _untrained(params: dict) -> Iterator[str]:
     "Variants that are finetuned with parts of the network that their pretext does not train."
-    experiments = defaultdict(list) # variant and part -> the experiments that take it
-    for experiment, variant, part in _needed(params):
-        experiments[variant, part].append(experiment)
-    for (variant, part), names in experiments.items():
-        try:
-            trained = run_config(params, variant, 0).trained
-        except InputError: # reported by `_runs`
+    trained = _trained_parts(params)
+    for (variant, part), names in _users_of_parts(params).items():
+        if variant not in trained or part in trained[variant]:
             continue
-        if part not in trained:
-            more = f' and {len(names) - 3} more' if len(names) > 3 else ''
-            yield (f'variant {variant} does not train the part {part!r}, which experiments {", ".join(names[:3])}{more} use: '
-                   f'take it out of them, or name settings that use its {", ".join(trained)}')
+        more = f' and {len(names) - 3} more' if len(names) > 3 else ''
+        yield (f'variant {variant} does not train the part {part!r}, which experiments {", ".join(names[:3])}{more} use: '
+               f'take it out of them, or name settings that use its {", ".join(trained[variant])}')
 
 # %% ../nbs/60_params.ipynb #014
 BETWEEN = {
     _names: ('matrix', 'experiments', 'datasets', 'variants', 'localize', 'finetune', 'settings'),
     _readers: ('datasets',),
+    _drawn: ('world', 'datasets'),
     _runs: ('matrix', 'audio', 'datasets', 'views', 'model', 'loss', 'pretrain', 'pretext', 'variants'),
     _tasks: ('experiments', 'datasets', 'finetune', 'settings'),
-    _untrained: tuple(name for name in get_type_hints(Params) if name not in ('study', 'figures', 'machine'))} # check -> the sections that it reads
+    _untrained: tuple(name for name in get_type_hints(Params) if name not in ('study', 'figures', 'machine', 'world'))} # check -> the sections that it reads
 
 def _mistakes(sections: dict) -> list[str]:
     "All that is wrong with a file's sections, each once."
@@ -232,7 +252,7 @@ def check_params(
 
 # %% ../nbs/60_params.ipynb #020
 CLASSES = [AudioConfig, ClipConfig, FiguresConfig, LocalizeConfig, LossConfig, MachineConfig, MatrixConfig, ModelConfig, Params,
-           PreprocessConfig, PretrainConfig, SentenceConfig, StoreConfig, TaskConfig, VariantChanges, ViewConfig, *KINDS]
+           PreprocessConfig, PretrainConfig, SentenceConfig, StoreConfig, TaskConfig, VariantChanges, ViewConfig, WorldConfig, *KINDS]
 
 def _meanings() -> dict: # beginning of the class's name, e.g. Loss -> parameter -> meaning
     "What the comments of the classes say."

@@ -5,11 +5,15 @@
 # %% auto #0
 __all__ = ['ENVIRONMENT', 'StageDied', 'StageKernel', 'run_stage', 'names_of', 'main']
 
+# %% ../nbs/62_stage.ipynb #0012
+import sys
+
+sys.modules.setdefault('rfc3987_syntax', None)
+
 # %% ../nbs/62_stage.ipynb #002
 import argparse
 import logging
 import os
-import sys
 from pathlib import Path
 
 import papermill

@@ -16,7 +16,9 @@ from .miniature.world import write_world
 from .data.clip import ClipConfig
 from .data.preprocess import preprocess
 from .data.shards import ClipStore, StoreConfig
+from .tasks.listen import measure_listening
 from .tasks.localize import localize, measure_synchronisation
+from .tasks.match import measure_matching, measure_offsets, model_fit
 from .tasks.finetune import finetune
 from .tasks.config import task_config
 from .training.checkpoints import load_model
@@ -79,7 +81,14 @@ def tiny_run(
     for folder in (localized, finetuned):
         folder.mkdir(parents=True)
     localize(model, config, store).to_csv(localized/'scores.csv', index=False)
-    measure_synchronisation(model, config, store).to_csv(localized/'synchronisation.csv', index=False)
+    fit, frames, numbers = model_fit(model, config, store), config.views.frames, list(range(len(store)))
+    tables = dict(
+        synchronisation=measure_synchronisation(model, config, store),
+        listening=measure_listening(model, config, store),
+        offsets=measure_offsets(fit, store, numbers, frames, longest=2),
+        matching=measure_matching(fit, store, numbers, frames, count=2))
+    for name, table in tables.items():
+        table.to_csv(localized/f'{name}.csv', index=False)
     params['finetune']['esc50'] = params['finetune']['esc50'] | dict(epochs=1)
     predictions = finetune(model, config, ClipStore(artifacts/'clips'/'esc50'), task_config(params, 'esc50'), 0)
     predictions.assign(setting='plain').to_csv(finetuned/'predictions.csv', index=False)

@@ -23,6 +23,7 @@ ALIGN = '''0 5000 sil
 KINETICS = 'label,youtube_id,time_start,time_end,split\n'
 XML = ('<r><a><bbox><t>x</t><a>0</a><b>0</b><c>{}</c><d>256</d></bbox></a>'
        '<a><bbox><t>x</t><a>64</a><b>0</b><c>256</c><d>256</d></bbox></a></r>')
+LRWAR = 'clip,split,speaker,width,mouth_x0,mouth_y0,mouth_x1,mouth_y1\n'
 ESC = 'filename,fold,target,category,esc10,src_file,take\n'
 UCF = 'ucfTrainTestlist/'
 HMDB = 'testTrainMulti_7030_splits/'
@@ -47,6 +48,8 @@ GOOD = {
     'avspeech': {'avspeech_train.csv': 'abc,1.5,4.5,0.25,0.5\n', 'avspeech_test.csv': 'def,1,4,0,1\n'},
     'lrw': {f'lipread_mp4/ABOUT/{split}/ABOUT_00001.{ending}': 'Duration: 0.58 seconds\n'
             for split in ('train', 'val', 'test') for ending in ('mp4', 'txt')},
+    'lrwar': {'lipread_mp4/ABOUT/train/ABOUT_00001.mp4': '', 'lipread_mp4/ABOUT/train/ABOUT_00001.txt': 'Duration: 0.58 seconds\n',
+              'clips.csv': LRWAR + 'ABOUT_00001,train,p01,256,108,139,141,155\n'},
     'lrs2': {'train.txt': '12/00001\n', 'test.txt': '13/00001 NF\n',
              'mvlrs_v1/main/12/00001.txt': 'Text:  IT IS\nConf:  3\n'},
     'grid': {'s1/bbaf2n.mpg': '', 's1/align/bbaf2n.align': ALIGN},
@@ -56,6 +59,7 @@ GOOD = {
     'hmdb51': {f'{HMDB}run_test_split{k}.txt': 'Film_run_f_cm_np1_fr_bad_0.avi 1 \n' for k in (1, 2, 3)},
     'esc50': {'meta/esc50.csv': ESC + '1-5-A-0.wav,1,0,dog,True,5,A\n'},
     'esc10': {'meta/esc50.csv': ESC + '1-5-A-0.ogg,1,0,dog,True,5,A\n'},
+    'esc50_sources': {'meta/esc50.csv': ESC + '1-5-A-0.wav,1,0,dog,True,5,A\n1-6-A-0.wav,1,0,dog,True,6,A\n'},
     'vggss': {'vggss.json': '[{"file": "abc_000001", "class": "dog", "bbox": [[0, 0, 0.5, 1]]}]'},
     'flickr_soundnet': {'Annotations/12.xml': XML.format(128)}, 'folder': {'a/b.mp4': ''}}
 
@@ -96,6 +100,8 @@ WHOLE = [
     ('kinetics700', 'train.csv', 'label,id\nx,y\n', 'lacks youtube_id, time_start, time_end'),
     ('kinetics700', 'train.csv', 'youtube_id,time_start,time_end\na,1,2\n', 'lacks label'),
     ('grid', 's1/align/bbaf2n.align', None, r'no \.align files in .*align'),
+    ('lrwar', 'clips.csv', LRWAR + 'ABOUT_00001,train,p01,wide,1,2,3,4\n', r'clips\.csv, line 2: no split, width'),
+    ('lrwar', 'clips.csv', None, r'no file .*clips\.csv'),
     ('dfdc', 'dfdc_train_part_3/metadata.json', '["a.mp4"]', 'should hold a dict'),
     ('dfdc', 'dfdc_train_part_3/metadata.json', '{"a.mp4"', 'not valid json'),
     ('dfdc', 'dfdc_train_part_3/metadata.json', None, r'no file .*dfdc_train_part_3/metadata\.json'),

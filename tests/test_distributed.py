@@ -35,6 +35,7 @@ STEP = textwrap.dedent('''
     machine = parse(MachineConfig, params['machine'] | {name: True for name in how}, 'machine')
     changes = dict(
         accumulated=dict(pretrain=dict(accumulate=2)), alone=dict(loss=dict(negatives='batch')),
+        synchronised=dict(pretrain=dict(sync_batchnorm=True)),
         gathered=dict(model=dict(encoders='slow_fast', normalize=False, detach_attention=False),
                       loss=dict(temperature=1.0, count_positives='twice')))
 
@@ -50,8 +51,9 @@ STEP = textwrap.dedent('''
         changed = override(params, changes.get(variant, {}), 'test')
         config = run_config(changed, 'glcm' if variant in changes else variant, 0)
         model = GLCM(config.model).double().to(memory_format=torch.channels_last_3d)
-        # batch norm is frozen, since it would average over fewer clips
-        network = wrap_network(config.pretext.network(model, config), config, machine, ranks).eval()
+        # otherwise batch norm is frozen, since it would average over fewer clips
+        network = wrap_network(config.pretext.network(model, config), config, machine, ranks)
+        network.train(config.pretrain.sync_batchnorm)
         batch = {name: value[ranks.rank::ranks.size] for name, value in random_batch(config).items()}
         batch['clip'] = ['clip']*8
         optimizer = torch.optim.SGD(model.parameters(), 0.)

@@ -16,12 +16,13 @@ FLOORS = [ # a module imports from lower floors and from its own
     {'training'},
     {'tasks'},
     {'report'},
-    {'params', 'export', 'stage', 'study'},
     {'miniature'},
+    {'params', 'export', 'stage', 'study'},
     {'testing'},
+    {'gpu'},
 ]
 PARTS = ['core', 'encoders', 'attention', 'losses', 'model', 'distributed', 'processes', 'data', 'datasets', 'pretexts',
-         'training', 'tasks', 'report', 'params', 'export', 'stage', 'study', 'testing', 'miniature']
+         'training', 'tasks', 'report', 'params', 'export', 'stage', 'study', 'testing', 'gpu', 'miniature']
 
 
 def module_names(path):

@@ -2,7 +2,7 @@
 import hashlib
 import json
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from itertools import combinations, product
 
 import av
@@ -17,7 +17,7 @@ from glcm.data.preprocess import preprocess
 from glcm.data.shards import ClipStore, StoreConfig
 from glcm.miniature import world as module
 from glcm.miniature.actions import HMDB_ACTIONS, UCF_ACTIONS, trajectory
-from glcm.miniature.deepfakes import FAKES, deepfake_shot, dfdc_actors, dfdc_pair
+from glcm.miniature.deepfakes import FAKES, deepfake_shot, dfdc_actors, dfdc_pair, dfdc_side
 from glcm.miniature.drawing import clip_rng
 from glcm.miniature.lipreading import GRID_WORDS, LRW_WORDS, grid_name, lrs2_programme, lrw_shot
 from glcm.miniature.talking import VOICES, random_speakers
@@ -232,12 +232,12 @@ def test_voices_of_splits_differ():
             assert speaker.voice.name in VOICES[split]
 
 
-def test_voices_of_dfdc_parts_differ():
-    parts = SIZES['dfdc']['parts']
-    voices = [{actor.voice.name for actor in dfdc_actors(0, part, parts)} for part in range(parts)]
-    for part in voices:
-        assert len(part) == 4
-    for one, other in combinations(voices, 2):
+def test_voices_of_dfdc_sides_differ():
+    voices = defaultdict(set)
+    for part in range(2*SIZES['dfdc']['parts']):
+        voices[dfdc_side(part)] |= {actor.voice.name for actor in dfdc_actors(0, part)}
+    assert set(voices) == set(VOICES)
+    for one, other in combinations(voices.values(), 2):
         assert not one & other
 
 
@@ -305,7 +305,7 @@ def test_fakes_are_made_equally_often():
 
 @pytest.mark.parametrize('kind', FAKES)
 def test_fakes_differ_from_their_originals_in_one_thing(kind):
-    actor = dfdc_actors(0, 0, 5)[0]
+    actor = dfdc_actors(0, 0)[0]
     real = deepfake_shot((0, 'test'), actor)
     fake = deepfake_shot((0, 'test'), actor, kind)
     assert np.array_equal(fake.sound, real.sound)

@@ -5,7 +5,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from glcm.report.tables import write_tables
+from glcm.core import read_study
+from glcm.report.claims import KINDS, read_claims, write_claims
+from glcm.report.tables import PRETRAINED_TASKS, comparisons, write_tables
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT/'README.md').read_text()
@@ -59,3 +61,36 @@ def test_links_lead_somewhere(page, link):
 def test_readme_is_short():
     prose = re.sub(r'<!-- (\w+ \w+) -->.*?<!-- /\1 -->', '', README, flags=re.DOTALL)
     assert len(prose.split()) < 900
+
+
+def test_page_of_claims_is_made_from_results(tmp_path):
+    page = (ROOT/'results'/'README.md').read_text()
+    for name in ('seeds', 'full', 'grid', 'lrwar', 'esc10', 'linear', 'mosaics'):
+        if (ROOT/'results'/name).exists():
+            (tmp_path/name).symlink_to(ROOT/'results'/name)
+    emptied = re.sub(r'(<!-- claims -->\n).*?(<!-- /claims -->)', r'\1\2', page, flags=re.DOTALL)
+    (tmp_path/'README.md').write_text(emptied)
+    assert emptied != page
+    write_claims(tmp_path/'README.md', ROOT/'nbs'/'claims.csv')
+    assert (tmp_path/'README.md').read_text() == page, 'python -m glcm.report.claims'
+
+
+def test_every_claim_names_a_number_that_a_study_makes():
+    "A claim that nothing could ever decide would stay unmeasured for ever."
+    claims = read_claims(ROOT/'nbs'/'claims.csv')
+    assert claims.claim.is_unique and set(claims.kind) <= set(KINDS)
+    for claim in claims.itertuples():
+        study = claim.file.split('/')[0]
+        if study in ('mosaics', 'linear'):
+            continue
+        params = read_study(study)
+        wanted = dict(condition.split('=') for condition in claim.select.split())
+        task = wanted.get('task')
+        assert set(filter(None, [wanted.get('variant'), wanted.get('against')])) <= {*params['variants']}
+        if task and task not in PRETRAINED_TASKS:
+            settings = params['experiments'][task]
+            for setting in filter(None, [wanted.get('setting'), wanted.get('against_setting')]):
+                assert setting in settings, claim.claim
+        if wanted.get('against') == wanted.get('variant'):
+            pairs = comparisons(wanted['variant'], wanted['setting'], [])
+            assert (wanted['against'], wanted['against_setting']) in pairs, claim.claim

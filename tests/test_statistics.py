@@ -7,7 +7,8 @@ import pytest
 from scipy.stats import bootstrap
 
 from glcm.core import InputError, generator
-from glcm.tasks.statistics import MIN_GROUPS, group_numbers, paired_difference, task_scores, with_intervals
+from glcm.tasks.statistics import (
+    MIN_GROUPS, PairedDesign, design_of, detectable_difference, group_numbers, paired_difference, task_scores, with_intervals)
 
 
 def classified(correct, group, **columns):
@@ -212,3 +213,58 @@ def test_rows_without_a_pair_are_named(change, message):
     ours, theirs = two_variants(np.random.default_rng(3))
     with pytest.raises(InputError, match=message):
         paired_difference(ours, change(theirs))
+
+
+# -- power -------------------------------------------------------------------------------------------------------------
+
+def simulated_differences(design, difference, rng):
+    "The mean difference of each clip over the seeds, and its group: of groups, clips and seeds."
+    per_group = design.clips//design.groups
+    group = np.repeat(np.arange(design.groups), per_group)
+    of_clip = design.discordant*(design.common + (1 - design.common)/design.seeds)
+    of_group = design.correlation*of_clip
+    noise = (1 - design.common)*design.discordant
+    clips = rng.normal(0, math.sqrt(design.common*design.discordant - of_group), design.clips)
+    groups = rng.normal(0, math.sqrt(of_group), design.groups)[group]
+    seeds = rng.normal(0, math.sqrt(noise), (design.seeds, design.clips)).mean(0)
+    return difference + clips + groups + seeds, group
+
+
+def share_shown(design, difference, studies=200):
+    "How many simulated studies have an interval above zero."
+    rng, shown = np.random.default_rng(0), 0
+    for _ in range(studies):
+        values, group = simulated_differences(design, difference, rng)
+
+        def mean(counts):
+            return dict(mean=counts @ values/counts.sum())
+        shown += with_intervals(mean, group, samples=300).low['mean'] > 0
+    return shown/studies
+
+
+@pytest.mark.parametrize('design', [PairedDesign(120, 120, 1), PairedDesign(400, 40, 3, correlation=0.1),
+                                    PairedDesign(300, 20, 3, discordant=0.15, common=0.8, correlation=0.2)])
+def test_four_of_five_studies_show_the_detectable_difference(design):
+    difference = detectable_difference(design)
+    assert 0.72 <= share_shown(design, difference) <= 0.9
+    assert share_shown(design, difference/3, 60) < 0.4
+    assert detectable_difference(design, power=0.5) < difference < detectable_difference(design, power=0.95)
+
+
+def test_a_pilot_study_tells_its_design():
+    rng = np.random.default_rng(1)
+    group = np.repeat(np.arange(60), 5)
+    skill = rng.beta(1, 1, 60)[group] # of the other variant, shared by the clips of a group
+    tables = []
+    for chance in (np.full(300, 0.9), skill):
+        rows = [dict(clip=str(k), group=f'g{group[k]}', seed=seed, right=rng.random() < chance[k]) for k in range(300) for seed in range(3)]
+        tables.append(pd.DataFrame(rows))
+    design = design_of(*tables)
+    assert (design.clips, design.groups, design.seeds) == (300, 60, 3)
+    difference = (tables[0].right.astype(int) - tables[1].right.astype(int)).to_numpy().reshape(300, 3)
+    assert design.discordant == pytest.approx(difference.var())
+    expected_common = np.cov(difference[:, 0], difference[:, 1])[0, 1]/difference.var()
+    assert design.common == pytest.approx(expected_common, abs=0.1)
+    assert 0.3 < design.correlation < 0.9
+    with pytest.raises(InputError, match='only one of two variants'):
+        design_of(tables[0], tables[1][:-1])

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import av
 from av.stream import Disposition
+from fastcore.basics import patch
 
 from .damage import Rejection
 
@@ -96,52 +97,85 @@ class Clock:
     ends: dict = field(default_factory=dict) # stream -> when the last of its packets ends on the screen, seconds
     units: dict = field(default_factory=dict) # stream -> seconds in which its times are counted
 
-    def place(self, packet: av.Packet):
-        "Shift a packet's times; raises `Rejection` where the clock cannot be believed."
-        ticks = packet.pts if packet.dts is None else packet.dts
-        if ticks is None:
-            return
-        stream = packet.stream
-        tick = self.units.setdefault(stream, float(packet.time_base))
-        has_decoding_time = packet.dts is not None or stream not in self.latest
-        if packet.is_discard or not has_decoding_time:
-            shift = self.shifts[self.restarts.get(stream, 0)]
-        else:
-            shift = self._shift(stream, ticks*tick, seconds_of(packet))
-        if shift:
-            packet.dts = None if packet.dts is None else packet.dts + round(shift/tick)
-            packet.pts = None if packet.pts is None else packet.pts + round(shift/tick)
-        if packet.is_discard:
-            return # needed for decoding, not shown: what was cut out may lie out of order
-        decoded, duration = ticks*tick + shift, (packet.duration or 0)*tick
-        if has_decoding_time:
-            self.latest[stream] = decoded
-            self.reached[stream] = max(self.reached.get(stream, decoded), decoded + duration)
-        shown = decoded if packet.pts is None else packet.pts*tick
-        self.ends[stream] = max(self.ends.get(stream, shown), shown + duration)
+# %% ../../nbs/14_data.clock.ipynb #0111c
+@patch
+def _fits(
+    self: Clock,
+    time: float, # of a packet, with the shift of its stream, seconds
+    before: float, # when the packet before it is decoded, seconds
+) -> bool:
+    "Whether a packet may follow another without a restart; raises `Rejection` where the clock cannot be believed."
+    silence = time - max(self.reached.values(), default=before)
+    if not self.jumps and silence > LONGEST_GAP:
+        raise Rejection('clock jumps', f'{self.name}: nothing from {time - silence:.1f} s to {time:.1f} s')
+    return time >= before - BACKWARDS and (not self.jumps or silence <= AHEAD)
 
-    def _shift(self, stream, time: float, shown: float) -> float:
-        "Seconds to add to the times of a stream's next packet, which is decoded at `time`."
-        passed = self.restarts.get(stream, 0)
-        time_before = self.latest.get(stream)
-        if time_before is None:
-            return self.shifts[0]
-        if self._fits(time + self.shifts[passed], time_before):
-            return self.shifts[passed]
-        for number in range(passed + 1, len(self.shifts)): # restarts that another stream has seen
-            if abs(time + self.shifts[number] - time_before) < AHEAD:
-                self.restarts[stream] = number
-                return self.shifts[number]
-        self.restarts[stream] = len(self.shifts)
-        self.shifts.append(self.ends.get(stream, time_before) - shown)
-        return self.shifts[-1]
+# %% ../../nbs/14_data.clock.ipynb #0111f
+@patch
+def _shift(
+    self: Clock,
+    stream: av.stream.Stream,
+    time: float, # when its next packet is decoded, by its own times, seconds
+    shown: float, # when it is shown, likewise
+) -> float: # seconds
+    "What to add to the times of a stream's next packet."
+    passed = self.restarts.get(stream, 0)
+    time_before = self.latest.get(stream)
+    if time_before is None:
+        return self.shifts[0]
+    if self._fits(time + self.shifts[passed], time_before):
+        return self.shifts[passed]
+    for number in range(passed + 1, len(self.shifts)): # restarts that another stream has seen
+        if abs(time + self.shifts[number] - time_before) < AHEAD:
+            self.restarts[stream] = number
+            return self.shifts[number]
+    self.restarts[stream] = len(self.shifts)
+    self.shifts.append(self.ends.get(stream, time_before) - shown)
+    return self.shifts[-1]
 
-    def _fits(self, time: float, before: float) -> bool:
-        "Whether a packet at `time` may follow one at `before`."
-        silence = time - max(self.reached.values(), default=before)
-        if not self.jumps and silence > LONGEST_GAP:
-            raise Rejection('clock jumps', f'{self.name}: nothing from {time - silence:.1f} s to {time:.1f} s')
-        return time >= before - BACKWARDS and (not self.jumps or silence <= AHEAD)
+# %% ../../nbs/14_data.clock.ipynb #0111i
+def _move(packet: av.Packet, ticks: int):
+    "Add to the times of a packet that it has."
+    packet.dts = None if packet.dts is None else packet.dts + ticks
+    packet.pts = None if packet.pts is None else packet.pts + ticks
+
+@patch
+def _advance(
+    self: Clock,
+    packet: av.Packet, # whose times are on this clock
+    decoded: float, # when it is decoded, seconds
+    has_decoding_time: bool, # whether that is known
+):
+    "Note how far the stream of a packet has come."
+    stream, tick = packet.stream, self.units[packet.stream]
+    duration = (packet.duration or 0)*tick
+    if has_decoding_time:
+        self.latest[stream] = decoded
+        self.reached[stream] = max(self.reached.get(stream, decoded), decoded + duration)
+    shown = decoded if packet.pts is None else packet.pts*tick
+    self.ends[stream] = max(self.ends.get(stream, shown), shown + duration)
+
+# %% ../../nbs/14_data.clock.ipynb #0111k
+@patch
+def place(
+    self: Clock,
+    packet: av.Packet, # of any stream of the file, in the file's order
+):
+    "Shift a packet's times; raises `Rejection` where the clock cannot be believed."
+    ticks = packet.pts if packet.dts is None else packet.dts
+    if ticks is None:
+        return
+    stream = packet.stream
+    tick = self.units.setdefault(stream, float(packet.time_base))
+    has_decoding_time = packet.dts is not None or stream not in self.latest
+    if packet.is_discard or not has_decoding_time:
+        shift = self.shifts[self.restarts.get(stream, 0)]
+    else:
+        shift = self._shift(stream, ticks*tick, seconds_of(packet))
+    if shift:
+        _move(packet, round(shift/tick))
+    if not packet.is_discard:
+        self._advance(packet, ticks*tick + shift, has_decoding_time)
 
 # %% ../../nbs/14_data.clock.ipynb #016
 SETTLING = 1.0 # seconds of sound that are decoded before a span, so that decoder and filters have settled

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import av
 from av.format import Flags
+from fastcore.basics import patch
 
 from .clock import SETTLING, Clock, choose_streams, from_key_frame, open_file, seconds_of, streams_of
 from .damage import Rejection, is_leftover, refuse_torn
@@ -112,14 +113,6 @@ def complaint(
     return counted[0].strip() if counted else None
 
 # %% ../../nbs/15_data.decoding.ipynb #0115
-def _length(
-    frame: av.frame.Frame,
-) -> float: # seconds; 0 where it is not known
-    "For how long a frame is shown or heard."
-    if isinstance(frame, av.AudioFrame):
-        return frame.samples/frame.sample_rate
-    return float((frame.duration or 0)*frame.time_base)
-
 @dataclass
 class Decoding:
     "The decoding of one open file."
@@ -138,57 +131,98 @@ class Decoding:
         is_lossy = self.container.format.name in LOSSY
         self.tolerance = Tolerance(is_lossy, self.since, skipping=has_pictures)
 
-    def frames(self) -> Iterator: # of (frame, seconds)
-        "Decode the packets; raises `Rejection` for any damage that is not forgiven."
-        packets = placed_packets(self.container, self.streams, self.clock, self.ends)
-        if self.since is not None:
-            packets = from_key_frame(packets, self.since)
-        for packet in packets:
-            kind = packet.stream.type
-            for frame in self._decoded(packet, kind):
-                time = self._time(frame, kind)
-                if time is None or self._is_forgiven(frame, kind, time):
-                    continue
-                self.ends[kind] = max(time + _length(frame), self.ends.get(kind, time))
-                if kind == 'video':
-                    count_lost(self.tolerance, time, self.ends[kind], self.name)
-                yield frame, time
-            ignores_pictures = 'video' not in self.streams or self.tolerance.skipping
-            if message := complaint(self.errors, self.container, ignores_pictures):
-                raise self._damage(message)
-        if self.tolerance.lost > MOST_LOST*self.tolerance.end:
-            raise self._damage(f'{self.tolerance.lost:.1f} s of pictures are damaged')
+    def damage(self, what: str) -> Rejection:
+        "The error that names the file."
+        return Rejection('does not decode', f'{self.name}: {what}')
 
-    def _decoded(self, packet: av.Packet, kind: str) -> list: # of frames
-        "The frames of a packet; none where its damage is forgiven."
-        if kind == 'video' and self.tolerance.skips(packet):
-            return []
-        if kind == 'audio' and is_leftover(packet):
-            self.joined.add(kind)
-            return []
-        try:
-            return packet.decode()
-        except av.FFmpegError as e:
-            if not self.tolerance.forgives(kind, seconds_of(packet)):
-                raise self._damage(e.strerror) from None
-        self.errors.clear()
+# %% ../../nbs/15_data.decoding.ipynb #0115b
+@patch
+def _decoded(
+    self: Decoding,
+    packet: av.Packet,
+    kind: str, # video or audio
+) -> list: # of frames
+    "The frames of a packet; none where its damage is forgiven."
+    if kind == 'video' and self.tolerance.skips(packet):
         return []
+    if kind == 'audio' and is_leftover(packet):
+        self.joined.add(kind)
+        return []
+    try:
+        return packet.decode()
+    except av.FFmpegError as e:
+        if not self.tolerance.forgives(kind, seconds_of(packet)):
+            raise self.damage(e.strerror) from None
+    self.errors.clear()
+    return []
 
-    def _is_forgiven(self, frame: av.frame.Frame, kind: str, time: float) -> bool:
-        "Whether a frame is damaged and left out; raises `Rejection` where that is not forgiven."
-        if not frame.is_corrupt:
-            return False
-        if not self.tolerance.forgives(kind, time):
-            raise self._damage(f'damaged {kind} at {time:.1f} s')
-        return True
+# %% ../../nbs/15_data.decoding.ipynb #0115d
+@patch
+def _is_forgiven(
+    self: Decoding,
+    frame: av.frame.Frame,
+    kind: str, # video or audio
+    time: float, # when it is shown or heard, seconds
+) -> bool:
+    "Whether a frame is damaged and left out; raises `Rejection` where that is not forgiven."
+    if not frame.is_corrupt:
+        return False
+    if not self.tolerance.forgives(kind, time):
+        raise self.damage(f'damaged {kind} at {time:.1f} s')
+    return True
 
-    def _time(self, frame: av.frame.Frame, kind: str) -> float | None: # seconds
-        "When a frame is shown or heard; None where that is not known."
-        if frame.pts is not None:
-            return frame.time
-        return self.ends.get(kind, 0.0 if self.untimed else None)
+# %% ../../nbs/15_data.decoding.ipynb #0115f
+def _length(
+    frame: av.frame.Frame,
+) -> float: # seconds; 0 where it is not known
+    "For how long a frame is shown or heard."
+    if isinstance(frame, av.AudioFrame):
+        return frame.samples/frame.sample_rate
+    return float((frame.duration or 0)*frame.time_base)
 
-    def _damage(self, what: str) -> Rejection: return Rejection('does not decode', f'{self.name}: {what}')
+@patch
+def _time(
+    self: Decoding,
+    frame: av.frame.Frame,
+    kind: str, # video or audio
+) -> float | None: # seconds
+    "When a frame is shown or heard; None where that is not known."
+    if frame.pts is not None:
+        return frame.time
+    return self.ends.get(kind, 0.0 if self.untimed else None)
+
+# %% ../../nbs/15_data.decoding.ipynb #0115i
+@patch
+def _timed(
+    self: Decoding,
+    packet: av.Packet,
+) -> Iterator: # of (frame, seconds)
+    "The frames of a packet that are used."
+    kind = packet.stream.type
+    for frame in self._decoded(packet, kind):
+        time = self._time(frame, kind)
+        if time is None or self._is_forgiven(frame, kind, time):
+            continue
+        self.ends[kind] = max(time + _length(frame), self.ends.get(kind, time))
+        if kind == 'video':
+            count_lost(self.tolerance, time, self.ends[kind], self.name)
+        yield frame, time
+
+@patch
+def frames(
+    self: Decoding,
+) -> Iterator: # of (frame, seconds)
+    "Decode the packets; raises `Rejection` for any damage that is not forgiven."
+    packets = placed_packets(self.container, self.streams, self.clock, self.ends)
+    if self.since is not None:
+        packets = from_key_frame(packets, self.since)
+    for packet in packets:
+        yield from self._timed(packet)
+        ignores_pictures = 'video' not in self.streams or self.tolerance.skipping
+        if message := complaint(self.errors, self.container, ignores_pictures):
+            raise self.damage(message)
+    if self.tolerance.lost > MOST_LOST*self.tolerance.end:
+        raise self.damage(f'{self.tolerance.lost:.1f} s of pictures are damaged')
 
 # %% ../../nbs/15_data.decoding.ipynb #013
 # formats whose length FFmpeg estimates, by its names

@@ -21,6 +21,7 @@ from typing import Annotated, Literal
 
 import av
 import numpy as np
+from fastcore.basics import patch
 from pydantic import Field, StrictInt
 
 from ..core import InputError, configuration
@@ -295,34 +296,51 @@ class _StoreFiles:
         remedy = f'remove {self.folder} and run `dvc repro preprocess@{self.folder.name}` again'
         return InputError(f'{self.folder/name} is damaged ({why}): {remedy}')
 
-    def _read_manifest(self) -> dict:
-        try:
-            about = json.loads((self.folder/'manifest.json').read_text(encoding='utf-8'))
-        except (FileNotFoundError, NotADirectoryError):
-            remedy = f'run `dvc repro preprocess@{self.folder.name}` first'
-            raise InputError(f'no clip shards in {self.folder}: {remedy}') from None
-        except (OSError, ValueError, RecursionError) as e:
-            raise self.damaged('manifest.json', e) from None
-        if why := _wrong_in_manifest(about):
-            raise self.damaged('manifest.json', why)
-        return about
+# %% ../../nbs/21_data.shards.ipynb #023b
+@patch
+def _read_manifest(
+    self: _StoreFiles,
+) -> dict: # what is common to all clips, and the seals of all files
+    "The manifest of a store; raises `InputError` where it is missing or cannot be right."
+    try:
+        about = json.loads((self.folder/'manifest.json').read_text(encoding='utf-8'))
+    except (FileNotFoundError, NotADirectoryError):
+        remedy = f'run `dvc repro preprocess@{self.folder.name}` first'
+        raise InputError(f'no clip shards in {self.folder}: {remedy}') from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise self.damaged('manifest.json', e) from None
+    if why := _wrong_in_manifest(about):
+        raise self.damaged('manifest.json', why)
+    return about
 
-    def _check_size(self, name: str, size: int):
-        try:
-            found = (self.folder/name).stat().st_size
-        except OSError as e:
-            raise self.damaged(name, e.strerror) from None
-        if found != size:
-            raise self.damaged(name, f'it has {found} bytes instead of {size}')
+# %% ../../nbs/21_data.shards.ipynb #023c
+@patch
+def _check_size(
+    self: _StoreFiles,
+    name: str, # of a file
+    size: int, # that it should have, bytes
+):
+    "Raise `InputError` where a file is missing or of another size."
+    try:
+        found = (self.folder/name).stat().st_size
+    except OSError as e:
+        raise self.damaged(name, e.strerror) from None
+    if found != size:
+        raise self.damaged(name, f'it has {found} bytes instead of {size}')
 
-    def check_sum(self, name: str, seal: dict):
-        "Raise `InputError` where the content of a file is not what was written."
-        try:
-            found = checksum(self.folder/name)
-        except OSError as e:
-            raise self.damaged(name, e.strerror) from None
-        if found != seal['sha256']:
-            raise self.damaged(name, 'its content has changed')
+@patch
+def check_sum(
+    self: _StoreFiles,
+    name: str, # of a file
+    seal: dict, # its size and checksum
+):
+    "Raise `InputError` where the content of a file is not what was written."
+    try:
+        found = checksum(self.folder/name)
+    except OSError as e:
+        raise self.damaged(name, e.strerror) from None
+    if found != seal['sha256']:
+        raise self.damaged(name, 'its content has changed')
 
 # %% ../../nbs/21_data.shards.ipynb #025
 def _wrong_in_row(
@@ -340,10 +358,12 @@ def _wrong_in_row(
             return f'{name} is {row.get(name)!r}'
 
 def _chunk_ends(
-    place: list, # where a member begins in its shard, and the size of each of its chunks, bytes
+    place: list | None, # where a member begins in its shard, and the size of each of its chunks, bytes
     size: int, # of the shard, bytes
 ) -> np.ndarray: # where the first chunk begins, and where each ends
     "Places of the chunks in a shard; raises `ValueError` where they are not in it."
+    if not place:
+        raise ValueError('it has no place')
     if min(place) < 0 or max(place) > size:
         raise ValueError('it is not all in its shard')
     edges = np.cumsum(place, dtype=np.int64)
@@ -359,44 +379,60 @@ class _Shards:
 
     def __getstate__(self): return self.__dict__ | dict(_maps={})
 
-    def _shard(self, name: str) -> memoryview: # all of its bytes
-        if name in self._maps:
-            return self._maps[name]
-        if name not in self.files.about['shards']:
-            raise self.files.damaged('clips.jsonl', f'there is no shard {name!r}')
-        path = self.files.folder/name
-        try:
-            with open(path, 'rb') as file:
-                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        except (OSError, ValueError) as e:
-            remedy = 'was it removed or made anew? Then run this again'
-            raise InputError(f'{path} cannot be read any more ({e}): {remedy}') from None
-        self._maps[name] = memoryview(content)
-        return self._maps[name]
-
-    def span(self,
-        row: dict, # of the index
-        suffix: str, # of the member
-        first: int, # number of a chunk
-        last: int, # number of the chunk after the last one
-    ) -> tuple: # memory; where each chunk begins in it, and the last one ends
-        "Successive chunks of a member, still in the file."
-        data = self._shard(row['shard'])
-        try:
-            edges = _chunk_ends(row['places'][suffix], len(data))
-            begin, end = int(edges[first]), int(edges[last])
-        except (ValueError, TypeError, IndexError, OverflowError) as e:
-            raise self.files.damaged('clips.jsonl', f"{suffix} of clip {row['clip']}: {e}") from None
-        return data[begin:end], edges[first:last + 1] - begin
-
-    def chunks(self, row: dict, suffix: str, first: int, last: int) -> list: # of bytes
-        "Successive chunks of a member, one by one."
-        data, cuts = self.span(row, suffix, first, last)
-        return [data[a:b] for a, b in zip(cuts, cuts[1:])]
-
     def damaged(self, row: dict, why) -> InputError:
         "The error that names a clip whose chunks mean nothing."
         return self.files.damaged(row['shard'], f"clip {row['clip']}: {why}")
+
+# %% ../../nbs/21_data.shards.ipynb #0252a
+@patch
+def _shard(
+    self: _Shards,
+    name: str, # of a shard
+) -> memoryview: # all of its bytes
+    "A shard, mapped into memory; raises `InputError` where it is missing."
+    if name in self._maps:
+        return self._maps[name]
+    if name not in self.files.about['shards']:
+        raise self.files.damaged('clips.jsonl', f'there is no shard {name!r}')
+    path = self.files.folder/name
+    try:
+        with open(path, 'rb') as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    except (OSError, ValueError) as e:
+        remedy = 'was it removed or made anew? Then run this again'
+        raise InputError(f'{path} cannot be read any more ({e}): {remedy}') from None
+    self._maps[name] = memoryview(content)
+    return self._maps[name]
+
+# %% ../../nbs/21_data.shards.ipynb #0252c
+@patch
+def span(
+    self: _Shards,
+    row: dict, # of the index
+    suffix: str, # of the member
+    first: int, # number of a chunk
+    last: int, # number of the chunk after the last one
+) -> tuple: # memory; where each chunk begins in it, and the last one ends
+    "Successive chunks of a member, still in the file."
+    data = self._shard(row['shard'])
+    try:
+        edges = _chunk_ends(row['places'].get(suffix), len(data))
+        begin, end = int(edges[first]), int(edges[last])
+    except (ValueError, TypeError, IndexError, OverflowError) as e:
+        raise self.files.damaged('clips.jsonl', f"{suffix} of clip {row['clip']}: {e}") from None
+    return data[begin:end], edges[first:last + 1] - begin
+
+@patch
+def chunks(
+    self: _Shards,
+    row: dict, # of the index
+    suffix: str, # of the member
+    first: int, # number of a chunk
+    last: int, # number of the chunk after the last one
+) -> list: # of bytes
+    "Successive chunks of a member, one by one."
+    data, cuts = self.span(row, suffix, first, last)
+    return [data[a:b] for a, b in zip(cuts, cuts[1:])]
 
 # %% ../../nbs/21_data.shards.ipynb #0254
 def _stored_planes(
@@ -420,6 +456,7 @@ def _stored_planes(
     except InputError as e:
         raise shards.damaged(row, e) from None
 
+# %% ../../nbs/21_data.shards.ipynb #0254a
 def _stored_levels(
     shards: _Shards,
     row: dict, # of the index
@@ -441,7 +478,7 @@ def _stored_levels(
 
 # %% ../../nbs/21_data.shards.ipynb #027
 class ClipStore:
-    "Random access to the clips of one dataset's shards; raises `InputError` where they are missing, damaged or too old."
+    "The clips of one dataset's shards, in any order; raises `InputError` where they are missing, damaged or too old."
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._files = _StoreFiles(self.folder)
@@ -463,42 +500,69 @@ class ClipStore:
         "The clips whose catalogue columns have the given values, e.g. `select(split='train')`."
         return [i for i, row in enumerate(self.clips) if all(row[k] == v for k, v in wanted.items())]
 
-    def _row(self, i: int, start: int, stop: int | None) -> tuple: # row, end of the span
-        "A clip's row, and the span that is wanted of it."
-        number, row = self._last
-        if number != i:
-            row = self.clips[i]
-            if why := _wrong_in_row(row):
-                raise self._files.damaged('clips.jsonl', f'line {i + 1}: {why}')
-            self._last = i, row # its sound is read after its pictures
-        stop = row['steps'] if stop is None else stop
-        if not 0 <= start < stop <= row['steps']:
-            raise InputError(f"clip {row['clip']} in {self.folder} has {row['steps']} steps, not {start} to {stop}")
-        return row, stop
+# %% ../../nbs/21_data.shards.ipynb #027b
+@patch
+def _row(
+    self: ClipStore,
+    i: int, # number of the clip
+    start: int, # first visual step
+    stop: int | None, # step after the last one; None: the clip's end
+) -> tuple: # row, end of the span
+    "A clip's row, and the span that is wanted of it; raises `InputError` for a damaged row or another span than there is."
+    number, row = self._last
+    if number != i:
+        row = self.clips[i]
+        if why := _wrong_in_row(row):
+            raise self._files.damaged('clips.jsonl', f'line {i + 1}: {why}')
+        self._last = i, row
+    stop = row['steps'] if stop is None else stop
+    if not 0 <= start < stop <= row['steps']:
+        raise InputError(f"clip {row['clip']} in {self.folder} has {row['steps']} steps, not {start} to {stop}")
+    return row, stop
 
-    def planes(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray: # (F, 3h/2, w) uint8
-        "Pictures `start` to `stop` of clip `i`, as planes."
-        row, stop = self._row(i, start, stop)
-        if 'width' not in row:
-            raise InputError(f'the clips in {self.folder} have sound and no pictures')
-        return _stored_planes(self._shards, row, start, stop, self.about['keyframe'])
+# %% ../../nbs/21_data.shards.ipynb #027d
+@patch
+def planes(
+    self: ClipStore,
+    i: int, # number of the clip
+    start: int = 0, # first picture
+    stop: int | None = None, # picture after the last one; None: the clip's end
+) -> np.ndarray: # (F, 3h/2, w) uint8
+    "Pictures `start` to `stop` of clip `i`, as planes."
+    row, stop = self._row(i, start, stop)
+    if 'width' not in row:
+        raise InputError(f'the clips in {self.folder} have sound and no pictures')
+    return _stored_planes(self._shards, row, start, stop, self.about['keyframe'])
 
-    def frames(self, i: int, start: int = 0, stop: int | None = None) -> 'torch.Tensor': # (F, 3, h, w) uint8 RGB
-        "Pictures `start` to `stop` of clip `i`, in colour."
-        import torch # not above: writing shards does without it
-        return to_rgb(torch.from_numpy(self.planes(i, start, stop).copy()))
+@patch
+def frames(
+    self: ClipStore,
+    i: int, # number of the clip
+    start: int = 0, # first picture
+    stop: int | None = None, # picture after the last one; None: the clip's end
+) -> 'torch.Tensor': # (F, 3, h, w) uint8 RGB
+    "Pictures `start` to `stop` of clip `i`, in colour."
+    import torch # not above: writing shards does without it
+    return to_rgb(torch.from_numpy(self.planes(i, start, stop).copy()))
 
-    def mel(self, i: int, start: int = 0, stop: int | None = None) -> np.ndarray: # (bands, N) float32
-        "Log-mel spectrogram of the visual steps `start` to `stop` of clip `i`."
-        row, stop = self._row(i, start, stop)
-        if not row['places'].keys() & {'mel.raw', 'mel.zlib'}:
-            remedy = f'set datasets.{self.folder.name}.sound to true'
-            raise InputError(f'the clips in {self.folder} were stored without sound: {remedy}')
-        every = self.about['keyframe']
-        first, last = start//every, -(-stop//every)
-        levels = _stored_levels(self._shards, row, first, last, self.about['bands'])
-        steps = np.array([start, stop, first*every])
-        a, b, origin = columns_until(steps, self.about['fps'], self.about['columns_per_second'])
-        if levels.shape[1] < b - origin:
-            raise self._shards.damaged(row, f'{levels.shape[1]} columns of sound instead of {b - origin}')
-        return from_levels(levels[:, a - origin:b - origin])
+# %% ../../nbs/21_data.shards.ipynb #027f
+@patch
+def mel(
+    self: ClipStore,
+    i: int, # number of the clip
+    start: int = 0, # first visual step
+    stop: int | None = None, # step after the last one; None: the clip's end
+) -> np.ndarray: # (bands, N) float32 log10 mel energies
+    "Log-mel spectrogram of the visual steps `start` to `stop` of clip `i`."
+    row, stop = self._row(i, start, stop)
+    if not row['places'].keys() & {'mel.raw', 'mel.zlib'}:
+        remedy = f'set datasets.{self.folder.name}.sound to true'
+        raise InputError(f'the clips in {self.folder} were stored without sound: {remedy}')
+    every = self.about['keyframe']
+    first, last = start//every, -(-stop//every)
+    levels = _stored_levels(self._shards, row, first, last, self.about['bands'])
+    steps = np.array([start, stop, first*every])
+    a, b, origin = columns_until(steps, self.about['fps'], self.about['columns_per_second'])
+    if levels.shape[1] < b - origin:
+        raise self._shards.damaged(row, f'{levels.shape[1]} columns of sound instead of {b - origin}')
+    return from_levels(levels[:, a - origin:b - origin])

@@ -29,7 +29,8 @@ class ViewConfig:
     frames: Annotated[StrictInt, Field(ge=2, le=10_000)] # frames of the local view, T
     crop: Side # side of the square crop, pixels
     jitter: StrictBool # whether a training view starts at a random time; the audio moves with it
-    shift: Annotated[StrictInt, Field(ge=0, le=5_000)] # largest distance in time between frames and audio of a training view, frames; 0 in the paper
+    # largest distance in time between frames and audio of a training view, frames; 0 in the paper
+    shift: Annotated[StrictInt, Field(ge=0, le=5_000)]
     random_crop: StrictBool # whether a training view is cropped at a random place
     flip: Probability # of a horizontal flip, of the frames only
     gray: Probability # that the frames of a clip lose their colours
@@ -46,15 +47,18 @@ def crop_planes(
     side: int, # of the square, pixels, even
 ) -> np.ndarray: # (T, 3 side/2, side) uint8
     "The same square of all frames."
-    height, half_width = planes.shape[1]*2//3, planes.shape[2]//2
-    half_side, half_left = side//2, left//2
-    out = np.empty((len(planes), side + half_side, side), np.uint8)
-    out[:, :side] = planes[:, top:top + side, left:left + side]
-    chroma = planes[:, height + top//2:height + (top + side)//2] # U on the left, V on the right
-    out[:, side:, :half_side] = chroma[:, :, half_left:half_left + half_side]
-    out[:, side:, half_side:] = chroma[:, :, half_width + half_left:half_width + half_left + half_side]
+    height, width = planes.shape[1]*2//3, planes.shape[2]
+    luma, chroma = planes[:, :height], planes[:, height:]
+    u, v = chroma[:, :, :width//2], chroma[:, :, width//2:]
+    rows, columns = slice(top, top + side), slice(left, left + side)
+    small_rows, small_columns = slice(top//2, (top + side)//2), slice(left//2, (left + side)//2)
+    out = np.empty((len(planes), side*3//2, side), np.uint8)
+    out[:, :side] = luma[:, rows, columns]
+    out[:, side:, :side//2] = u[:, small_rows, small_columns]
+    out[:, side:, side//2:] = v[:, small_rows, small_columns]
     return out
 
+# %% ../../nbs/23_data.views.ipynb #006a
 def flip_planes(
     planes: np.ndarray, # (T, 3h/2, w) uint8
 ) -> np.ndarray: # the same shape
@@ -112,6 +116,7 @@ def view_start(
         return int(rng.integers(first, last + 1)), shift
     return int(np.clip(spare//2, first, last)), shift
 
+# %% ../../nbs/23_data.views.ipynb #012d
 def spare_frames(
     store: ClipStore, # where the clip is
     i: int, # number of the clip
@@ -135,6 +140,7 @@ def read_frames(
     "The frames of a view, augmented."
     return torch.from_numpy(augment(store.planes(i, start, start + config.frames), config, rng))
 
+# %% ../../nbs/23_data.views.ipynb #012e
 def clip_views(
     store: ClipStore, # where the clip is
     i: int, # number of the clip
@@ -193,7 +199,8 @@ def prepare_inputs(
 @dataclass(frozen=True)
 class ExtraViews:
     "What a pretext takes of a clip besides one view."
-    frames: Literal['none', 'same span', 'other span'] = 'none' # of a second view, with a crop, flip and gray of its own
+    # of a second view, with a crop, flip and gray of its own
+    frames: Literal['none', 'same span', 'other span'] = 'none'
     sound_distance: int = 0 # steps that a second window of sound begins away from the first at least; 0: none
 
 def second_start(
@@ -298,7 +305,7 @@ class TrainingViews(Dataset):
         views = dict(planes=planes, mel=mel, shift=shift, clip=store.clips[i]['clip'])
         return views | self.second_views(store, i, key)
 
-    def second_views(self, store, i, key) -> dict: # second_planes, second_mel and distance, as far as they are asked for
+    def second_views(self, store, i, key) -> dict: # second_planes, second_mel, distance: those that are asked for
         "What the pretext takes besides the first view."
         spare, views = spare_frames(store, i, self.config), {}
         start, shift = view_start(spare, self.config, generator(self.seed, 'views', *key)) # of the first view
@@ -322,7 +329,7 @@ def training_batches(
     workers: int = 0, # loader processes; 0: load in this process
     rank: int = 0, # of this process
     ranks: int = 1, # processes that share each batch
-) -> DataLoader: # of dicts: planes (B, T, 3h/2, w) uint8, mel (B, F, N) float32, shift (B,), clip names, and what `extra` adds
+) -> DataLoader: # of dicts: planes (B, T, 3h/2, w) uint8, mel (B, F, N) float32, shift (B,), clip; and what `extra` adds
     "The batches of training steps `start` to `steps`; the same for any number of workers."
     sampler = StepSampler(len(views), batch, steps, views.seed, start, rank, ranks)
     return DataLoader(views, batch_sampler=sampler, num_workers=workers, collate_fn=default_collate,

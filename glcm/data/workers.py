@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Annotated
 
 import av
+from fastcore.basics import patch
 from pydantic import Field, StrictFloat, StrictStr
 
 from ..core import EXECUTOR, InputError, configuration, inside, parse
@@ -144,6 +145,7 @@ def _encoded(
         members, entries = encode_clip(path, settings, job['start'], end)
     return _clip_message(members, entries)
 
+# %% ../../nbs/21b_data.workers.ipynb #014b
 def _answer(
     job: dict, # a request
     send: Callable, # writes a message to the parent
@@ -255,64 +257,78 @@ class Decoder:
     def __init__(self):
         self.child = None # until there is something to decode
 
-    def encode(self,
-        path: Path, # a media file
-        settings: Settings, # how its clip is stored
-        start: float | None, # seconds where the clip begins in the file
-        end: float | None, # seconds where it ends
-        seconds: float, # of computing that are allowed for each minute of the file
-    ) -> tuple[dict, dict]: # members of the shard, entries of the index
-        "As `encode_clip`; raises `Rejection` too where a file takes too long, hangs or kills the child."
-        if not self.child:
-            self._start()
-        job = dict(path=str(path), settings=asdict(settings), start=start, end=end, seconds=seconds)
-        head, data = self._ask(job, path)
-        if 'failed' in head:
-            raise InputError(head['failed'])
-        if 'rejected' in head:
-            raise Rejection(*head['rejected'])
-        return _members(head['chunks'], data), head['entries']
-
-    def _ask(self, job: dict, path: Path) -> tuple[dict, bytes]: # head, all parts
-        "The child's answer; raises `Rejection` where there is none."
-        timeout = WAIT_FACTOR*job['seconds'] + DISK_TIMEOUT
-        try:
-            self.child.stdin.write(_message(job))
-            head, data = self._receive(timeout)
-            if 'minutes' in head:
-                timeout = WAIT_FACTOR*job['seconds']*head['minutes'] + DISK_TIMEOUT
-                head, data = self._receive(timeout)
-            return head, data
-        except TimeoutError:
-            self._end()
-            raise _no_answer(path, timeout) from None
-        except (EOFError, BrokenPipeError):
-            raise _why_ended(self._end(), path, job['seconds']) from None
-
     def _receive(self, timeout: float) -> tuple[dict, bytes]: # head, all parts
         "The next message of the child."
         deadline = time.monotonic() + timeout
         return _receive(partial(_read, self.child.stdout.fileno(), deadline))
 
-    def _start(self):
-        "Start a child; raises `RuntimeError` with its last words where it cannot even begin."
-        errors = tempfile.TemporaryFile()
-        self.child = _start_child(errors)
-        weakref.finalize(self, _end, self.child)
-        try:
-            self._receive(START_TIMEOUT)
-        except (TimeoutError, EOFError):
-            errors.seek(0)
-            text = errors.read().decode(errors='replace')[-2000:]
-            raise RuntimeError(f'the decoding process does not start:\n{text}') from None
+# %% ../../nbs/21b_data.workers.ipynb #023b
+@patch
+def _start(self: Decoder):
+    "Start a child; raises `RuntimeError` with its last words where it cannot even begin."
+    errors = tempfile.TemporaryFile()
+    self.child = _start_child(errors)
+    weakref.finalize(self, _end, self.child)
+    try:
+        self._receive(START_TIMEOUT)
+    except (TimeoutError, EOFError):
+        errors.seek(0)
+        text = errors.read().decode(errors='replace')[-2000:]
+        raise RuntimeError(f'the decoding process does not start:\n{text}') from None
 
-    def _end(self) -> int | None: # its exit status
-        "End the child; the next file gets another."
-        child, self.child = self.child, None
-        has_died, _, _ = select.select([child.stdout], [], [], 0)
-        if has_died:
-            _wait(child)
-        return _end(child)
+@patch
+def _end(
+    self: Decoder,
+) -> int | None: # its exit status
+    "End the child; the next file gets another."
+    child, self.child = self.child, None
+    has_died, _, _ = select.select([child.stdout], [], [], 0)
+    if has_died:
+        _wait(child)
+    return _end(child)
+
+# %% ../../nbs/21b_data.workers.ipynb #023d
+@patch
+def _ask(
+    self: Decoder,
+    job: dict, # the request
+    path: Path, # of the file that it names
+) -> tuple[dict, bytes]: # head, all parts
+    "The child's answer; raises `Rejection` where there is none."
+    timeout = WAIT_FACTOR*job['seconds'] + DISK_TIMEOUT
+    try:
+        self.child.stdin.write(_message(job))
+        head, data = self._receive(timeout)
+        if 'minutes' in head:
+            timeout = WAIT_FACTOR*job['seconds']*head['minutes'] + DISK_TIMEOUT
+            head, data = self._receive(timeout)
+        return head, data
+    except TimeoutError:
+        self._end()
+        raise _no_answer(path, timeout) from None
+    except (EOFError, BrokenPipeError):
+        raise _why_ended(self._end(), path, job['seconds']) from None
+
+# %% ../../nbs/21b_data.workers.ipynb #023e
+@patch
+def encode(
+    self: Decoder,
+    path: Path, # a media file
+    settings: Settings, # how its clip is stored
+    start: float | None, # seconds where the clip begins in the file
+    end: float | None, # seconds where it ends
+    seconds: float, # of computing that are allowed for each minute of the file
+) -> tuple[dict, dict]: # members of the shard, entries of the index
+    "As `encode_clip`; raises `Rejection` too where a file takes too long, hangs or kills the child."
+    if not self.child:
+        self._start()
+    job = dict(path=str(path), settings=asdict(settings), start=start, end=end, seconds=seconds)
+    head, data = self._ask(job, path)
+    if 'failed' in head:
+        raise InputError(head['failed'])
+    if 'rejected' in head:
+        raise Rejection(*head['rejected'])
+    return _members(head['chunks'], data), head['entries']
 
 # %% ../../nbs/21b_data.workers.ipynb #028
 def media_file(

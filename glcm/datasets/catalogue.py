@@ -15,11 +15,11 @@ from ..core import InputError
 from ..data.table import printable, some_of
 from .actions import hmdb51, ucf101
 from .deepfakes import dfdc
-from .lipreading import grid, grid_words, lrs2, lrw
+from .lipreading import grid, grid_words, lrs2, lrw, lrwar
 from .localization import flickr_soundnet, vggss
 from .own import media_folder
 from .pretraining import avspeech, kinetics700, kinetics_sounds
-from .sounds import esc10, esc50
+from .sounds import esc10, esc50, esc50_sources
 
 # %% ../../nbs/29b_datasets.catalogue.ipynb #005
 READERS = dict(
@@ -27,6 +27,7 @@ READERS = dict(
     kinetics_sounds=kinetics_sounds,
     avspeech=avspeech,
     lrw=lrw,
+    lrwar=lrwar,
     lrs2=lrs2,
     grid=grid,
     grid_words=grid_words,
@@ -35,6 +36,7 @@ READERS = dict(
     hmdb51=hmdb51,
     esc50=esc50,
     esc10=esc10,
+    esc50_sources=esc50_sources,
     vggss=vggss,
     flickr_soundnet=flickr_soundnet,
     folder=media_folder)
@@ -48,6 +50,7 @@ EXPECTED = dict( # the layouts, for messages
     kinetics_sounds=f'{_KINETICS} with the classes of Kinetics-Sounds',
     avspeech='avspeech_train.csv / avspeech_test.csv and clips/<id>_<start>_<end>.mp4',
     lrw='lipread_mp4/<WORD>/{train,val,test}/<WORD>_<number>.mp4 and .txt',
+    lrwar='lipread_mp4/<WORD>/{train,val,test}/<WORD>_<number>.mp4 and .txt, and clips.csv',
     lrs2='pretrain.txt / train.txt / val.txt / test.txt and '
          'mvlrs_v1/{pretrain,main}/<id>/<number>.mp4 and .txt',
     grid=_GRID,
@@ -57,6 +60,7 @@ EXPECTED = dict( # the layouts, for messages
     hmdb51='testTrainMulti_7030_splits/<class>_test_split{1,2,3}.txt and <class>/*.avi',
     esc50='meta/esc50.csv and audio/<filename>',
     esc10='meta/esc50.csv (with its column esc10) and audio/<filename>',
+    esc50_sources='meta/esc50.csv and audio/<filename>',
     vggss='vggss.json and clips/<file>.mp4',
     flickr_soundnet='Annotations/<id>.xml and clips/<id>.mp4',
     folder='media files, or a labels.csv with a column of their paths from this folder')

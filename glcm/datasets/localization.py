@@ -45,13 +45,20 @@ def _vggss_row(
 
 def vggss(
     folder: Path, # holds vggss.json and clips/<file>.mp4
-) -> pd.DataFrame: # the catalogue, with boxes
+) -> pd.DataFrame: # the catalogue, with boxes and, where items have them, the boxes of `others`, by name
     "VGG Sound Source (Chen et al. 2021): clips with a box around what sounds."
     path = folder/'vggss.json'
     if not path.exists():
         return as_table([])
-    items = enumerate(read_json(path, list), 1)
-    return as_table(read_items(folder, path, items, _vggss_row, 'item'), folder)
+    items = read_json(path, list)
+    table = as_table(read_items(folder, path, enumerate(items, 1), _vggss_row, 'item'), folder)
+    others = {}
+    for item in items:
+        if isinstance(item, dict) and isinstance(item.get('file'), str) and 'others' in item:
+            others[item['file']] = item['others']
+    if others:
+        table['others'] = [others.get(clip) for clip in table['clip']]
+    return table
 
 # %% ../../nbs/29_datasets.localization.ipynb #009
 ANNOTATOR = 0.5 # weight of one person's box: two people who agree make a whole

@@ -6,7 +6,7 @@
 __all__ = ['UCF_ACTIONS', 'HMDB_ACTIONS', 'ACTION_SIZE', 'SPINNABLE', 'UCF101', 'FILMS', 'HMDB51', 'pose_track', 'circling',
            'bouncing', 'rolling', 'shaking', 'swinging', 'nodding', 'spinning', 'swelling', 'weaving', 'jumping',
            'ActionClasses', 'trajectory', 'ActionClip', 'action_clip', 'held_out_groups', 'random_quantizer',
-           'ucf101_keys', 'write_ucf101_clip', 'write_ucf101_lists', 'hmdb51_keys', 'write_hmdb51_clip',
+           'ucf101_keys', 'write_ucf101_clip', 'write_ucf101_lists', 'film_title', 'hmdb51_keys', 'write_hmdb51_clip',
            'write_hmdb51_lists']
 
 # %% ../../nbs/76_miniature.actions.ipynb #002
@@ -15,7 +15,6 @@ from itertools import product
 
 import numpy as np
 
-from ..core import InputError
 from .drawing import background, clip_rng, to_frames
 from .files import Dataset, write_legacy_clip, write_lines
 from .toys import TOYS, Pose, Strikes, add_noise, draw_toy, onsets, toy_colours, toy_sound
@@ -129,7 +128,7 @@ def action_clip(
     width, height = ACTION_SIZE
     track = trajectory(rng, actions.motions, label, np.arange(actions.frames)/actions.fps)
     x, y = rng.uniform(0.45, 0.55)*width/height, rng.uniform(0.47, 0.53)
-    side = 2*min(ACTION_SIZE)
+    side = min(ACTION_SIZE)
     for canvas, (dx, dy, turn, grow) in zip(canvases, track):
         r = radius*np.exp(grow)*side
         draw_toy(canvas, kind, colours, Pose(((x + dx)*side, (y + dy)*side), (r, r), turn))
@@ -190,16 +189,19 @@ FILMS = (
 )
 
 # %% ../../nbs/76_miniature.actions.ipynb #022
+def film_title(number: int) -> str:
+    "The title of a film, or of a sequel where the titles are used up."
+    part, title = divmod(number, len(FILMS))
+    return FILMS[title] + (f'_{part + 1}' if part else '')
+
 def hmdb51_keys(groups: int, clips: int):
     "Every clip; the numbers are films, and clips of each film in each class."
-    if groups > len(FILMS):
-        raise InputError(f'{groups} films for hmdb51: there are only {len(FILMS)}')
     return product(HMDB_ACTIONS.motions, range(groups), range(clips))
 
 def write_hmdb51_clip(folder, seed, label, group, number) -> tuple: # class, group, number and name
     "Write a clip of HMDB51."
     clip = action_clip(HMDB_ACTIONS, seed, label, group, number)
-    name = f'{FILMS[group]}_{label}_f_nm_np1_fr_med_{number}.avi'
+    name = f'{film_title(group)}_{label}_f_nm_np1_fr_med_{number}.avi'
     quantizer = random_quantizer(seed, name)
     write_legacy_clip(folder/label/name, clip.frames, None, HMDB_ACTIONS.fps, quantizer, 'DX50')
     return label, group, number, name

@@ -11,6 +11,7 @@ __all__ = ['FPS', 'RATE', 'SECONDS', 'PATTERNS', 'ALL_PATTERNS', 'TRAIN_PATTERNS
 import base64
 import colorsys
 import hashlib
+import math
 
 import numpy as np
 
@@ -52,11 +53,14 @@ def frame_times(
 # %% ../../nbs/70_miniature.drawing.ipynb #011
 def circle(u, v, x=0.0, y=0.0, r=1.0):
     "Distance to a circle around x, y."
-    return np.hypot(u - x, v - y) - r
+    return np.sqrt((u - x)**2 + (v - y)**2) - r
 
 def ellipse(u, v, x, y, a, b):
-    "Distance, about, to an ellipse with half axes a and b."
-    return (np.hypot((u - x)/a, (v - y)/b) - 1)*min(a, b)
+    "Distance, about, to an ellipse with half axes a and b: exact at the edge."
+    u, v = (u - x)/a, (v - y)/b
+    level = np.sqrt(u*u + v*v) + 1e-6
+    slope = np.sqrt((u/a)**2 + (v/b)**2) + 1e-6
+    return level*(level - 1)/slope
 
 def stripes(u, period, width):
     "Distance to stripes across u."
@@ -83,12 +87,12 @@ def five_pointed_star(u, v, r):
 # %% ../../nbs/70_miniature.drawing.ipynb #013
 def coordinates(
     canvas: np.ndarray, # (h, w, ...)
-    centre, # x, y in canvas pixels
-    radii, # horizontal and vertical, in canvas pixels
-) -> tuple: # x and y, (h, w) each
+    centre, # x, y in pixels
+    radii, # horizontal and vertical, in pixels
+) -> tuple: # x and y, (h, w) float32 each
     "The place of every pixel as seen from a shape's centre, in units of its radii."
-    y, x = np.mgrid[:canvas.shape[0], :canvas.shape[1]] + 0.5
-    return (x - centre[0])/radii[0], (y - centre[1])/radii[1]
+    y, x = np.mgrid[:canvas.shape[0], :canvas.shape[1]].astype(np.float32) + 0.5
+    return (x - float(centre[0]))/float(radii[0]), (y - float(centre[1]))/float(radii[1])
 
 def rotate(
     x: np.ndarray,
@@ -96,12 +100,13 @@ def rotate(
     angle: float, # radians, clockwise in the picture
 ) -> tuple: # u and v, places as a shape that is turned by `angle` sees them
     "Places in turned coordinates."
-    return x*np.cos(angle) + y*np.sin(angle), y*np.cos(angle) - x*np.sin(angle)
+    cos, sin = math.cos(angle), math.sin(angle)
+    return x*cos + y*sin, y*cos - x*sin
 
 # %% ../../nbs/70_miniature.drawing.ipynb #016
 def cover(distance, pixel):
     "The share of a pixel that lies inside a shape, by the distance of its middle and its size."
-    return np.clip(0.5 - distance/pixel, 0, 1)
+    return np.clip(0.5 - distance/float(pixel), 0, 1)
 
 def paint(
     canvas: np.ndarray, # (h, w, 3) in [0, 1], changed in place
@@ -109,7 +114,7 @@ def paint(
     colour, # three numbers in [0, 1], or (h, w, 3)
 ):
     "Blend a colour over the canvas, as much as alpha."
-    canvas += alpha[..., None]*(np.asarray(colour) - canvas)
+    canvas += alpha[..., None]*(np.asarray(colour, canvas.dtype) - canvas)
 
 def fill(
     canvas: np.ndarray, # (h, w, 3) in [0, 1], changed in place
@@ -122,18 +127,17 @@ def fill(
 
 # %% ../../nbs/70_miniature.drawing.ipynb #018
 def downsample(
-    canvas: np.ndarray, # (2h, 2w, channels)
+    canvas: np.ndarray, # (2h, 2w, channels), such as a frame
 ) -> np.ndarray: # (h, w, channels)
     "The mean of every two by two pixels."
     rows, columns = canvas.shape[0]//2, canvas.shape[1]//2
     return canvas.reshape(rows, 2, columns, 2, -1).mean((1, 3))
 
 def to_frames(
-    canvases: np.ndarray, # (T, 2h, 2w, 3) in [0, 1]
+    canvases: np.ndarray, # (T, h, w, 3) in [0, 1]
 ) -> np.ndarray: # (T, h, w, 3) uint8
     "The frames of a clip."
-    small = np.stack([downsample(canvas) for canvas in canvases])
-    return np.round(255*small).astype(np.uint8)
+    return np.round(255*canvases).astype(np.uint8)
 
 # %% ../../nbs/70_miniature.drawing.ipynb #020
 PATTERNS = {
@@ -166,18 +170,18 @@ def background(
     frames: int, # T
     fps: int = FPS,
     patterns: tuple = TRAIN_PATTERNS, # one is chosen
-) -> np.ndarray: # (T, 2*height, 2*width, 3) in [0, 1]
+) -> np.ndarray: # (T, height, width, 3) float32 in [0, 1]
     "A drifting pattern of two muted colours."
     pattern = patterns[rng.integers(len(patterns))]
-    t = np.arange(frames)[:, None, None]/fps
-    y, x = np.mgrid[:2*size[1], :2*size[0]]
+    t = np.arange(frames, dtype=np.float32)[:, None, None]/fps
+    y, x = np.mgrid[:size[1], :size[0]].astype(np.float32)
     angle = rng.uniform(0, np.pi)
-    period = rng.uniform(18, 40) # canvas pixels
+    period = rng.uniform(9, 20) # pixels
     heading = rng.uniform(0, 2*np.pi)
-    x = x - 9*np.cos(heading)*t + rng.uniform(0, 99) # 9 canvas pixels a second
-    y = y - 9*np.sin(heading)*t + rng.uniform(0, 99)
+    x = x - 4.5*math.cos(heading)*t + rng.uniform(0, 50) # 4.5 pixels a second
+    y = y - 4.5*math.sin(heading)*t + rng.uniform(0, 50)
     along, across = rotate(x, y, angle)
     a, b = along*2*np.pi/period, across*2*np.pi/period
     mix = 1/(1 + np.exp(-6*PATTERNS[pattern](a, b)))
-    one, two = two_colours(rng)
-    return one + mix[..., None]*np.subtract(two, one)
+    one, two = (np.asarray(colour, np.float32) for colour in two_colours(rng))
+    return one + mix[..., None]*(two - one)

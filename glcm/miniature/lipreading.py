@@ -21,7 +21,7 @@ import numpy as np
 from .drawing import clip_rng
 from .files import Dataset, write_clip, write_legacy_clip, write_lines
 from glcm.miniature.talking import (
-    TALK_FPS, VOICES, WORDS, Shot, Speaker, another_take, draw_shot, make_shot, random_speakers, speak,
+    TALK_FPS, WORDS, Shot, Speaker, another_take, draw_shot, make_shot, random_speakers, speak,
 )
 
 # %% ../../nbs/74_miniature.lipreading.ipynb #005
@@ -114,11 +114,9 @@ def lrs2_programme(
     "A programme and who speaks in it."
     rng = clip_rng(seed, 'lrs2', part, number)
     split = 'train' if part == 'pretrain' else part
-    names = clip_rng(seed, 'lrs2', split).permutation(VOICES[split])
     digits = str(rng.integers(10**18, 9*10**18))
     speaker, = random_speakers(rng, split, 1, 0.48, 0.44)
-    voice = replace(speaker.voice, name=str(names[number % len(names)]))
-    return digits, replace(speaker, voice=voice)
+    return digits, speaker
 
 # %% ../../nbs/74_miniature.lipreading.ipynb #018
 def sentence_shot(

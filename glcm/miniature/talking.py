@@ -4,14 +4,17 @@
 
 # %% auto #0
 __all__ = ['VISEMES', 'CLOSED', 'HAIR', 'WORDS', 'ACCENTS', 'VARIANTS', 'ALL_VOICES', 'VOICES', 'TALK_FPS', 'TALK_SIZE', 'Voice',
-           'Speech', 'speak', 'viseme', 'mouth_track', 'Face', 'random_face', 'draw_face', 'draw_faces', 'TalkingClip',
-           'talking_clip', 'Speaker', 'random_speakers', 'another_take', 'Shot', 'excerpt', 'make_shot', 'draw_shot']
+           'Speech', 'speak', 'speak_for', 'viseme', 'mouth_track', 'Face', 'random_face', 'head_pose', 'face_boxes',
+           'draw_face', 'draw_faces', 'voice_of', 'TalkingClip', 'talking_clip', 'Speaker', 'random_speakers',
+           'another_take', 'Shot', 'excerpt', 'make_shot', 'draw_shot']
 
 # %% ../../nbs/72_miniature.talking.ipynb #002
 import colorsys
 import ctypes
+import math
 import shutil
 import tempfile
+from _ctypes import dlclose
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
@@ -22,7 +25,7 @@ from scipy.signal import resample_poly
 
 from ..core import InputError
 from glcm.miniature.drawing import (
-    FPS, RATE, SECONDS, background, circle, coordinates, cover, ellipse, exposure_times,
+    FPS, RATE, SECONDS, TRAIN_PATTERNS, background, circle, coordinates, cover, ellipse, exposure_times,
     fill, frame_times, paint, rotate, rounded_box, to_frames,
 )
 from .toys import FRAME_SIZES, add_noise
@@ -87,6 +90,7 @@ def _synthesize(text: str, voice: Voice) -> _Collector:
     espeak.espeak_SetParameter(3, voice.pitch, 0)
     espeak.espeak_Synth(text.encode(), len(text.encode()) + 1, 0, 0, 0, 1, None, None)
     espeak.espeak_Terminate()
+    dlclose(espeak._handle) # thousands of copies would fill the memory
     return collector
 
 # %% ../../nbs/72_miniature.talking.ipynb #011
@@ -116,6 +120,22 @@ def speak(
     sound = resample_poly(np.concatenate(found.pieces)/32768, 320, 441) # 22.05 to 16 kHz
     words = _word_spans(text, found.words, found.phonemes, len(sound)/RATE)
     return Speech(sound, found.phonemes, words)
+
+# %% ../../nbs/72_miniature.talking.ipynb #012b
+def speak_for(
+    rng: np.random.Generator,
+    seconds: float, # that the speech lasts at least
+    words: list, # to choose from
+    count: int, # of words at least
+    voice: Voice,
+) -> Speech:
+    "A speech of random words that is never too short for a clip to be cut out of it."
+    text = list(rng.choice(words, count))
+    while True:
+        speech = speak(' '.join(text), voice)
+        if len(speech.sound) >= seconds*RATE:
+            return speech
+        text += list(rng.choice(words, 4))
 
 # %% ../../nbs/72_miniature.talking.ipynb #015
 VISEMES = { # first letters of a phoneme -> opening and width of the mouth
@@ -165,6 +185,7 @@ class Face:
     x: float # place and size in units of the frame's short side
     y: float
     size: float
+    tone: float # of the skin, from 0 (light) to 1 (dark)
     skin: np.ndarray
     hair: tuple
     shirt: tuple
@@ -207,12 +228,12 @@ def random_face(
     blinks = np.cumsum(rng.uniform(0.8, 3, 4)) - 0.8
     skin = np.clip(skin, 0, 1)
     return Face(
-        x, y, size, skin, hair, shirt, style, glasses, beard, cheek, eyes, brow, lips, motion, blinks)
+        x, y, size, tone, skin, hair, shirt, style, glasses, beard, cheek, eyes, brow, lips, motion, blinks)
 
 # %% ../../nbs/72_miniature.talking.ipynb #024
 def _draw_mouth(shape, u, v, mouth, lips):
     "Lips, the dark between them, tongue and teeth."
-    opening, width = mouth
+    opening, width = map(float, mouth)
     a, b = 0.14 + 0.2*width, 0.28*opening
     v = v - 0.5 + 0.04*(np.abs(u)/a)**2*(width > 0.7) # a smile
     hole = ellipse(u, v, 0, 0, a, b + 0.015)
@@ -225,28 +246,33 @@ def _draw_mouth(shape, u, v, mouth, lips):
 # %% ../../nbs/72_miniature.talking.ipynb #026
 def _draw_eye(shape, face, u, v, lid, side):
     "One eye under its lid, with brow and glass; `side` is -1 or 1."
-    x, size = u - side*0.33, face.eyes*(1 + side*face.uneven)
-    white = ellipse(x, v + 0.08, 0, 0, size*1.15, max(size*(1 - lid), 0.025))
+    x = u - side*0.33
+    size = float(face.eyes*(1 + side*face.uneven))
+    height = max(size*(1 - lid), 0.025)
+    white = ellipse(x, v + 0.08, 0, 0, size*1.15, height)
+    pupil = circle(x, v, 0, -0.08, size*0.62)
+    brow = rounded_box(x, v + 0.34 + face.brow + 0.2*side*x, 0.17, 0.035, 0.03)
     shape(white, (0.98, 0.98, 0.98) if lid < 0.7 else (0.15, 0.1, 0.1))
-    shape(np.maximum(white, circle(x, v, 0, -0.08, size*0.62)), (0.12, 0.1, 0.12))
-    shape(rounded_box(x, v + 0.34 + face.brow + 0.2*side*x, 0.17, 0.035, 0.03), np.array(face.hair)*0.7)
+    shape(np.maximum(white, pupil), (0.12, 0.1, 0.12))
+    shape(brow, np.array(face.hair)*0.7)
     if face.glasses:
-        shape(np.abs(circle(x, v, 0, -0.08, 0.25)) - 0.03, (0.1, 0.1, 0.12))
+        rim = np.abs(circle(x, v, 0, -0.08, 0.25)) - 0.03
+        shape(rim, (0.1, 0.1, 0.12))
 
 # %% ../../nbs/72_miniature.talking.ipynb #027
 def _draw_body(shape, face, x, y, light):
     "Neck and shirt."
     shape(rounded_box(x, y - 1.2, 0.32, 0.6, 0.1), face.skin*0.8)
-    shape(ellipse(x, y, 0, 2.1, 1.5, 0.95), np.asarray(face.shirt)*light)
+    shape(ellipse(x, y, 0, 2.1, 1.5, 0.95), np.asarray(face.shirt, np.float32)*light)
 
 def _draw_head(shape, face, u, v, light):
     "Ears, head, beard and hair."
-    hair = np.asarray(face.hair)
+    hair, skin = np.asarray(face.hair, np.float32), np.asarray(face.skin, np.float32)
     head = ellipse(u, v, 0, 0, face.cheek, 1) + 0.12*np.clip(v, 0, 1)*(np.abs(u) < 2)
     for side in (-1, 1):
         shape(ellipse(u, v, side*face.cheek, 0.02, 0.13, 0.2), face.skin*0.88)
-    shape(head - 0.03, face.skin*0.55)
-    shape(head, np.clip(face.skin*light, 0, 1))
+    shape(head - 0.03, skin*0.55)
+    shape(head, np.clip(skin*light, 0, 1))
     if face.beard:
         shape(np.maximum(head, 0.22 + 0.25*np.cos(3.2*u) - v), hair*0.9)
     if face.style == 'bald':
@@ -263,23 +289,51 @@ def _draw_hair_behind(shape, face, u, v):
     if face.style == 'bun':
         shape(circle(u, v, 0, -1.12, 0.36), hair*0.85)
 
+# %% ../../nbs/72_miniature.talking.ipynb #028a
+def head_pose(
+    face: Face,
+    moment: float, # seconds
+) -> tuple: # x and y of the middle, in units of the frame's short side, and tilt in radians
+    "Where a head is at a moment of the clip."
+    amplitude, frequency, phase = face.motion
+    dx, dy, tilt = amplitude*np.sin(2*np.pi*frequency*moment + phase)
+    return float(face.x + dx*face.size), float(face.y + dy*face.size), float(tilt)
+
+# %% ../../nbs/72_miniature.talking.ipynb #028b
+def face_boxes(
+    face: Face,
+    moment: float, # seconds
+    size: tuple, # width and height of the frame, in pixels
+) -> dict: # face and mouth -> x1, y1, x2, y2 in 0..1 of the frame
+    "The boxes around a head, without hair and ears, and around its mouth, however far it opens."
+    x, y, tilt = head_pose(face, moment)
+    below = x - 0.5*face.size*math.sin(tilt), y + 0.5*face.size*math.cos(tilt)
+    parts = dict(face=((x, y), (face.cheek, 1)), mouth=(below, (0.41, 0.38)))
+    boxes = {}
+    for name, (centre, radii) in parts.items():
+        centre, radii = np.array(centre), face.size*np.array(radii)
+        corners = np.concatenate([centre - radii, centre + radii])
+        scaled = corners*min(size)/np.array([*size, *size])
+        boxes[name] = np.clip(scaled, 0, 1).round(3).tolist()
+    return boxes
+
 # %% ../../nbs/72_miniature.talking.ipynb #029
 def draw_face(
     canvas: np.ndarray, # (h, w, 3) in [0, 1], changed in place
     face: Face,
     moment: float, # seconds
     mouth, # opening and width in [0, 1]
-) -> tuple: # x, y of the middle of the face, in canvas pixels
+) -> tuple: # x, y of the middle of the face, in pixels
     "Draw a person at a moment of the clip."
-    side, (amplitude, frequency, phase) = min(canvas.shape[:2]), face.motion
-    size = face.size*side
-    dx, dy, tilt = amplitude*np.sin(2*np.pi*frequency*moment + phase)
-    centre = face.x*side + dx*size, face.y*side + dy*size
+    side = min(canvas.shape[:2])
+    size = float(face.size*side)
+    *middle, tilt = head_pose(face, moment)
+    centre = middle[0]*side, middle[1]*side
     x, y = coordinates(canvas, centre, (size, size))
     u, v = rotate(x, y, tilt)
     shape = partial(fill, canvas, 1/size)
     light = np.clip(1.04 - 0.1*(x + y), 0.8, 1.12)[..., None]
-    lid = np.exp(-((moment - face.blinks)/0.09)**2).max() # 1: closed
+    lid = float(np.exp(-((moment - face.blinks)/0.09)**2).max()) # 1: closed
     _draw_hair_behind(shape, face, u, v)
     _draw_body(shape, face, x, y, light)
     _draw_head(shape, face, u, v, light)
@@ -298,7 +352,7 @@ def draw_faces(
     faces: list, # of Face
     mouths: list, # (T, 2) opening and width, for each face
     fps: int = FPS,
-) -> np.ndarray: # (T, faces, 2) x, y of the middle of each face, in canvas pixels
+) -> np.ndarray: # (T, faces, 2) x, y of the middle of each face, in pixels
     "Draw people into all frames of a clip."
     centres = np.zeros((len(canvases), len(faces), 2))
     for f, moment in enumerate(frame_times(len(canvases), fps)):
@@ -320,7 +374,22 @@ def _voices(accents: tuple, variants: tuple) -> tuple: # of espeak-ng's names
 
 ALL_VOICES = _voices(ACCENTS, VARIANTS)
 
-# %% ../../nbs/72_miniature.talking.ipynb #034
+# %% ../../nbs/72_miniature.talking.ipynb #033b
+def voice_of(
+    rng: np.random.Generator,
+    face: Face,
+    names: tuple = ALL_VOICES, # voices to choose from
+) -> Voice:
+    "The voice of a face: skin chooses accent and pitch, hair chooses the variant; only the pace is chance."
+    accents = list(dict.fromkeys(name.partition('+')[0] for name in names))
+    place = min(face.tone, 0.999)*len(accents)
+    accent = accents[int(place)]
+    variants = [name for name in names if name.startswith(f'{accent}+')]
+    name = variants[HAIR.index(face.hair) % len(variants)]
+    pitch = 25 + int(50*(place % 1))
+    return Voice(name, int(rng.integers(135, 180)), pitch)
+
+# %% ../../nbs/72_miniature.talking.ipynb #034b
 @dataclass
 class TalkingClip:
     "A clip of a speaker, perhaps beside a silent face."
@@ -329,11 +398,12 @@ class TalkingClip:
     centre: np.ndarray # x, y of the speaker's face in the middle frame, in 0..1 of the frame
     faces: int # 1 or 2
     mouth: np.ndarray # (T, 2) opening and width of the speaker's mouth
+    boxes: dict # face, mouth and, of a second face, silent -> x1, y1, x2, y2 in the middle frame, in 0..1 of the frame
 
 # %% ../../nbs/72_miniature.talking.ipynb #035
-def _place_faces(rng, width, height) -> list: # of Face, the speaker first
+def _place_faces(rng, width, height, alone) -> list: # of Face, the speaker first
     "One face, or two side by side in either order; sides of the frame in units of the short one."
-    if rng.uniform() < 0.7:
+    if rng.uniform() < alone:
         size = rng.uniform(0.27, 0.38)
         x = width/2 + rng.uniform(-0.14, 0.14)
         y = rng.uniform(size + 0.08, height - size*1.25 - 0.05)
@@ -344,30 +414,48 @@ def _place_faces(rng, width, height) -> list: # of Face, the speaker first
     return [random_face(rng, x, height*rng.uniform(0.42, 0.54), size) for x, size in zip(places, sizes)]
 
 # %% ../../nbs/72_miniature.talking.ipynb #036
-def _random_speech(rng) -> tuple: # (n,) samples and (T, 2) mouth
-    "Three seconds out of a random sentence in a random voice."
-    text, name = ' '.join(rng.choice(WORDS, 14)), str(rng.choice(ALL_VOICES))
-    speech = speak(text, Voice(name, int(rng.integers(135, 185)), int(rng.integers(25, 75))))
-    start = rng.uniform(0.1, len(speech.sound)/RATE - SECONDS - 0.2)
+def _random_speech(rng, face) -> tuple: # (n,) samples and (T, 2) mouth
+    "Three seconds out of a random sentence in the voice of a face."
+    speech = speak_for(rng, SECONDS + 0.4, WORDS, 14, voice_of(rng, face))
+    latest = len(speech.sound)/RATE - SECONDS - 0.2
+    start = rng.uniform(0.1, latest)
     sound = speech.sound[int(start*RATE):][:SECONDS*RATE]
-    return sound, mouth_track(speech.phonemes, start, FPS*SECONDS)
+    mouth = mouth_track(speech.phonemes, start, FPS*SECONDS)
+    return sound, mouth
+
+def _chewing(rng, frames) -> np.ndarray: # (T, 2) opening and width
+    "A silent mouth: closed, or, in half of the clips, chewing."
+    chews = rng.uniform() < 0.5
+    opening = 0.22*chews*(1 + np.sin(2*np.pi*1.7*frame_times(frames)))
+    return np.stack([opening, np.full(frames, 0.6)], -1)
 
 # %% ../../nbs/72_miniature.talking.ipynb #037
+def _middle_boxes(faces, size, frames) -> dict:
+    "The boxes of the speaker and of who is silent, in the middle frame."
+    moment = frame_times(frames)[frames//2]
+    boxes = face_boxes(faces[0], moment, size)
+    for other in faces[1:]:
+        boxes['silent'] = face_boxes(other, moment, size)['face']
+    return boxes
+
 def talking_clip(
     rng: np.random.Generator,
+    alone: float = 0.7, # probability that nobody silent sits beside the speaker
+    patterns: tuple = TRAIN_PATTERNS, # backgrounds to choose from
 ) -> TalkingClip:
     "Three seconds of somebody who talks."
-    frames, (width, height) = FPS*SECONDS, FRAME_SIZES[rng.choice(3, p=(0.6, 0.3, 0.1))]
-    side = min(width, height)
-    faces = _place_faces(rng, width/side, height/side)
-    sound, mouth = _random_speech(rng)
-    chewing = rng.uniform() < 0.5
-    opening = 0.22*chewing*(1 + np.sin(2*np.pi*1.7*frame_times(frames)))
-    silent = np.stack([opening, np.full(frames, 0.6)], -1)
-    canvases = background(rng, (width, height), frames)
+    frames = FPS*SECONDS
+    size = width, height = FRAME_SIZES[rng.choice(3, p=(0.6, 0.3, 0.1))]
+    side = min(size)
+    faces = _place_faces(rng, width/side, height/side, alone)
+    sound, mouth = _random_speech(rng, faces[0])
+    silent = _chewing(rng, frames)
+    canvases = background(rng, size, frames, patterns=patterns)
     centres = draw_faces(canvases, faces, [mouth, silent])
-    centre = centres[frames//2, 0]/(2*width, 2*height)
-    return TalkingClip(to_frames(canvases), add_noise(rng, sound, (-40, -30)), centre, len(faces), mouth)
+    centre = centres[frames//2, 0]/size
+    noisy = add_noise(rng, sound, (-40, -30))
+    boxes = _middle_boxes(faces, size, frames)
+    return TalkingClip(to_frames(canvases), noisy, centre, len(faces), mouth, boxes)
 
 # %% ../../nbs/72_miniature.talking.ipynb #040
 VOICES = dict( # of each split
@@ -390,12 +478,11 @@ def random_speakers(
     size: float, # half height of the head, in units of the frame's short side
     y: float, # height of the middle of the face, likewise
 ) -> list: # of Speaker
-    "People with voices of one split; a voice returns only where there are more people than voices."
-    names, speakers = rng.permutation(VOICES[split]), []
-    for k in range(count):
+    "People whose faces choose among the voices of one split."
+    speakers = []
+    for _ in range(count):
         face = random_face(rng, 0.5, y, size)
-        voice = Voice(str(names[k % len(names)]), int(rng.integers(135, 170)), int(rng.integers(25, 75)))
-        speakers.append(Speaker(face, voice))
+        speakers.append(Speaker(face, voice_of(rng, face, VOICES[split])))
     return speakers
 
 # %% ../../nbs/72_miniature.talking.ipynb #042

@@ -19,7 +19,7 @@ import numpy as np
 from scipy.signal import fftconvolve, lfilter
 
 from glcm.miniature.drawing import (
-    FPS, RATE, SECONDS, TRAIN_PATTERNS, background, circle, coordinates, cover, downsample, ellipse,
+    FPS, RATE, SECONDS, TRAIN_PATTERNS, background, circle, coordinates, cover, ellipse,
     exposure_times, five_pointed_star, frame_times, paint, rotate, rounded_box, stripes, to_frames,
 )
 
@@ -109,7 +109,7 @@ def toy_colours(
 # %% ../../nbs/71_miniature.toys.ipynb #013
 @dataclass
 class Pose:
-    "How a toy appears in one frame; lengths in canvas pixels."
+    "How a toy appears in one frame; lengths in pixels."
     centre: tuple # x, y
     radii: tuple # horizontal, vertical
     tilt: float = 0.0 # radians
@@ -128,8 +128,8 @@ def _paint_layers(canvas, layers, colours, light, pixel, flash):
     body, _ = layers[0]
     for distance, tone in layers:
         inside = distance if tone in ('base', 'light') else np.maximum(distance, body)
-        lit = np.clip(np.asarray(colours[tone])*light, 0, 1)
-        glow = 0 if tone == 'dark' else 0.6*flash
+        lit = np.clip(np.asarray(colours[tone], np.float32)*light, 0, 1)
+        glow = 0 if tone == 'dark' else 0.6*float(flash)
         paint(canvas, cover(inside, pixel), lit + glow*(1 - lit))
 
 # %% ../../nbs/71_miniature.toys.ipynb #015
@@ -140,7 +140,7 @@ def draw_toy(
     pose: Pose,
 ) -> np.ndarray: # (h, w) in [0, 1], how much of each pixel it covers
     "Draw one toy."
-    mask = np.zeros(canvas.shape[:2])
+    mask = np.zeros(canvas.shape[:2], np.float32)
     window = _window(pose)
     part, pixel = canvas[window], 1/min(pose.radii)
     x, y = (axis[window] for axis in coordinates(canvas, pose.centre, pose.radii))
@@ -151,7 +151,7 @@ def draw_toy(
     shadow = np.clip(0.6 - np.hypot(x - 0.15, y - 0.25) + 0.5, 0, 1)
     glow = np.exp(-np.clip(outline, 0, None)/0.22)
     paint(part, 0.4*shadow, (0.05, 0.05, 0.1))
-    paint(part, 0.6*pose.flash*glow, (1, 0.97, 0.85))
+    paint(part, 0.6*float(pose.flash)*glow, (1, 0.97, 0.85))
     mask[window] = cover(outline, pixel)
     paint(part, mask[window], (0.08, 0.08, 0.14))
     light = np.clip(1.05 - 0.22*(x + y), 0.7, 1.3)[..., None]
@@ -319,7 +319,7 @@ class Toy:
     def poses(
         self,
         frames: int, # T
-        side: int, # the frame's short side, in canvas pixels
+        side: int, # the frame's short side, in pixels
     ) -> list: # of Pose
         "How the toy appears in each frame."
         middle = frame_times(frames)[:, None]
@@ -390,15 +390,14 @@ def compose(
 # %% ../../nbs/71_miniature.toys.ipynb #038
 def draw_scene(
     toys: list, # of Toy
-    canvases: np.ndarray, # (T, 2*height, 2*width, 3) in [0, 1], changed in place
+    canvases: np.ndarray, # (T, height, width, 3) in [0, 1], changed in place
 ) -> np.ndarray: # (toys, T, height, width) bool, where each toy is
     "Draw toys on a background."
     frames, height, width = canvases.shape[:3]
-    masks = np.zeros((len(toys), frames, height//2, width//2), bool)
+    masks = np.zeros((len(toys), frames, height, width), bool)
     for k, toy in enumerate(toys):
         for f, pose in enumerate(toy.poses(frames, min(height, width))):
-            mask = draw_toy(canvases[f], toy.kind, toy.colours, pose)
-            masks[k, f] = downsample(mask[..., None])[..., 0] > 0.5
+            masks[k, f] = draw_toy(canvases[f], toy.kind, toy.colours, pose) > 0.5
     return masks
 
 # %% ../../nbs/71_miniature.toys.ipynb #039

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..core import InputError, configuration
 from ..data.views import ExtraViews
 from ..distributed import Ranks
+from ..encoders import SignalBatchNorm
 from ..losses import ALONE
 from ..model import GLCM, Size, normalize_frames
 from .pretext import Pretext, PretextConfig, clip_generators, comparing_ranks, gather_clips, own_rows
@@ -55,7 +56,7 @@ class ResidualMLP(nn.Module):
         self.hidden = nn.Linear(channels, embedding, bias=False)
         self.last = nn.Linear(embedding, embedding, bias=False)
         self.shortcut = nn.Linear(channels, embedding, bias=False)
-        self.norm = nn.BatchNorm1d(embedding)
+        self.norm = SignalBatchNorm(embedding)
         nn.init.zeros_(self.last.weight)
         if embedding >= channels: # begin near the identity
             nn.init.uniform_(self.shortcut.weight, -0.01, 0.01)

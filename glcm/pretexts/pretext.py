@@ -4,18 +4,20 @@
 
 # %% auto #0
 __all__ = ['PretextConfig', 'Pretext', 'prepare_views', 'empty_views', 'clip_generators', 'gather_clips', 'own_rows',
-           'comparing_ranks', 'GLCMConfig', 'GLCMPretext']
+           'comparing_ranks', 'sound_of_nothing', 'GLCMConfig', 'GLCMPretext']
 
 # %% ../../nbs/30_pretexts.pretext.ipynb #002
 from typing import ClassVar, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import nn
 
 from ..core import configuration, generator
-from ..data.views import ExtraViews, overlap, prepare_inputs
+from ..data.audio import noise_mel, silent_mel
+from ..data.views import ExtraViews, overlap, prepare_inputs, scale_mel
 from ..distributed import Ranks
-from ..losses import ALONE
+from ..losses import ALONE, silence_loss
 from ..model import GLCM, PARTS, Embeddings, glcm_loss
 
 # %% ../../nbs/30_pretexts.pretext.ipynb #005
@@ -162,6 +164,19 @@ def comparing_ranks(
     "All ranks, or this one alone, as `loss.negatives` says."
     return ranks if run.loss.negatives == 'world' else ALONE
 
+# %% ../../nbs/30_pretexts.pretext.ipynb #016a
+def sound_of_nothing(
+    run, # the `RunConfig`
+    rng: np.random.Generator,
+) -> torch.Tensor: # (F, N) as the audio encoder takes it
+    "Silence, or white noise from -60 to 0 dB, each for half of the clips."
+    columns = run.views.frames*run.model.mel_per_step
+    if rng.random() < 0.5:
+        mel = silent_mel(columns, run.audio)
+    else:
+        mel = noise_mel(columns, run.audio, rng, 10**rng.uniform(-3, 0))
+    return scale_mel(torch.from_numpy(mel))
+
 # %% ../../nbs/30_pretexts.pretext.ipynb #017
 @configuration
 class GLCMConfig(PretextConfig):
@@ -183,9 +198,19 @@ class GLCMPretext(Pretext):
         for name in ('audio_local', 'video_local'):
             model.project[name].requires_grad_(self.has_local)
 
+    def before_step(self, views, clips, step, ranks):
+        if self.run.loss.silence == 0:
+            return views
+        sounds = [sound_of_nothing(self.run, rng) for rng in clip_generators(self.run, step, clips)]
+        return views | dict(nothing=torch.stack(sounds).to(views['audio'].device))
+
     def forward(self, views: dict) -> Embeddings:
-        return self.model(views['video'], views['audio'], local=self.has_local)
+        return self.model(views['video'], views['audio'], self.has_local, views.get('nothing'))
 
     def loss(self, outputs, views, ranks=ALONE):
         common = overlap(outputs, views['shift'], self.run.views.shift)
-        return glcm_loss(common, self.run.loss, ranks)
+        losses = glcm_loss(common, self.run.loss, ranks)
+        if 'nothing' in views:
+            less = silence_loss(outputs.audio_global, outputs.audio_nothing, outputs.video_global, self.run.loss.temperature)
+            losses['loss'] = losses['loss'] + self.run.loss.silence*less
+        return losses

@@ -23,7 +23,7 @@ from ..data.views import scale_mel
 from ..model import ATTENTION_PARTS, GLCM
 from ..training.config import RunConfig
 from .localize import (
-    attention_heatmap, evaluation_clips, local_embeddings, middle_span, resize_scores)
+    attention_heatmap, embed_span, evaluation_clips, local_embeddings, middle_span, resize_scores)
 
 # %% ../../nbs/49_tasks.attend.ipynb #005
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def attention_and_peak(
     "The attention as the paper's Figure 3 shows it, and its peak; raises `InputError` where it was not trained."
     model.check_trained(ATTENTION_PARTS, 'an attention map')
     size = tuple(video.shape[-2:])
-    embeddings = model(video, audio, local=False)
+    embeddings = embed_span(model, video, audio, local=False)
     scores = attention_scores(embeddings.audio_global, embeddings.video_global, model.config.attention_temperature)
     scores = resize_scores(scores, size)
     peak = np.unravel_index(scores.argmax(), scores.shape)

@@ -11,10 +11,15 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import InputError
+from ..distributed import Ranks
+from ..encoders import SignalBatchNorm
+from ..losses import ALONE
 from ..model import GLCM
 from ..training.config import RunConfig
-from .features import Features, TaskNetwork, clip_mean
+from .features import TaskNetwork, clip_mean
+from .layers import layer_sum, task_features
 from .config import TaskConfig
+from .ranks import batch_share
 
 # %% ../../nbs/45_tasks.classify.ipynb #005
 class Classifier(TaskNetwork):
@@ -30,9 +35,10 @@ class Classifier(TaskNetwork):
         self.config = config
         self.is_fake_task = config.target == 'fake'
         self.labels = ['REAL', 'FAKE'] if self.is_fake_task else sorted(set(labels))
-        self.features = Features(model, run, config)
+        self.features = task_features(model, run, config)
         channels = self.features.channels
-        self.norm = nn.BatchNorm1d(channels, affine=False) if config.probe else nn.Identity()
+        self.norm = SignalBatchNorm(channels, affine=False) if config.probe else nn.Identity()
+        self.layer_sum = layer_sum(self.features)
         self.head = nn.Linear(channels, 1 if self.is_fake_task else len(self.labels))
 
     def from_features(
@@ -43,7 +49,7 @@ class Classifier(TaskNetwork):
         "The logits of a batch; in float32, whatever the precision of the encoders."
         with torch.autocast(features.device.type, enabled=False):
             means = self.compress(features, length).squeeze(2)
-            return self.head(self.norm(means))
+            return self.head(self.layer_sum(self.norm(means)))
 
     def compress(self, features, length): # (B, channels, 1)
         "The means suffice; in float32, which a sum over time needs."
@@ -63,12 +69,15 @@ class Classifier(TaskNetwork):
         self,
         logits: torch.Tensor, # (B, classes)
         batch: dict, # with target (B,)
-    ) -> torch.Tensor:
+        ranks: Ranks = ALONE, # processes that train together, each on its share of a batch
+    ) -> torch.Tensor: # whose mean over the ranks is the loss of the whole batch
         "Cross-entropy."
-        target = batch['target'].to(logits.device)
+        target = batch['target'].to(logits.device, non_blocking=True)
         if self.is_fake_task:
-            return F.binary_cross_entropy_with_logits(logits[:, 0], target.float())
-        return F.cross_entropy(logits, target)
+            loss = F.binary_cross_entropy_with_logits(logits[:, 0], target.float())
+        else:
+            loss = F.cross_entropy(logits, target)
+        return loss*batch_share(len(target), ranks)
 
     def predict(
         self,

@@ -39,6 +39,8 @@ class TaskConfig:
     flip: Probability = 0.5 # of a horizontal flip in training
     frozen: Epochs = 0    # epochs before these, with frozen encoders: only the last layers are trained
     probe: StrictBool = False # the encoders are frozen in all epochs (a linear probe)
+    encoder_layers: Literal['last', 'sum'] = 'last' # of frozen encoders: the last one, or a learned sum of all layers
+    neighbours: StrictBool = False # nothing is trained: a test clip has the label of the most similar training clip
     labels: Annotated[StrictFloat, Field(gt=0, le=1)] = 1.0 # fraction of the labels, at least one clip of a class
     choose: list[dict] = field(default_factory=list) # candidates for values, compared on validation clips
     longest: Steps = 0    # frames that a training clip may have, longer ones are not used; 0: any
@@ -51,6 +53,10 @@ class TaskConfig:
             raise InputError(f'crop should be even and at least 32 pixels, or 0 for views.crop, not {self.crop}')
         if self.modality != 'video' and not self.frames:
             raise InputError(f'with {self.modality}, frames should say how long a window is')
+        if self.encoder_layers == 'sum' and not self.probe:
+            raise InputError('encoder_layers: sum is of frozen encoders, so it needs probe: true')
+        if self.neighbours and (self.choose or self.encoder_layers == 'sum'):
+            raise InputError('neighbours trains nothing, so there is nothing for choose or encoder_layers: sum')
         if self.choose:
             self._check_candidates()
 
@@ -101,6 +107,8 @@ class SentenceConfig(TaskConfig):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.neighbours:
+            raise InputError('neighbours have labels, and sentences have none')
         if self.size % (2*self.heads):
             raise InputError(f'size {self.size} is not divisible by twice the {self.heads} heads')
         if (self.modality, self.frames, self.windows, self.crops) != ('video', 0, 1, 1):

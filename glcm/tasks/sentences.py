@@ -14,10 +14,14 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core import InputError
+from ..distributed import Ranks
+from ..losses import ALONE
 from ..model import GLCM
 from ..training.config import RunConfig
-from .features import Features, TaskNetwork, length_mask
+from .features import TaskNetwork, length_mask
+from .layers import layer_sum, task_features
 from .config import SentenceConfig
+from .ranks import batch_share
 
 # %% ../../nbs/46_tasks.sentences.ipynb #005
 BLANK = BOS = EOS = 0 # CTC's blank; for the decoder the begin and the end of a sentence
@@ -59,9 +63,8 @@ def decoder_targets(
     "What the decoder gets and what it should predict."
     inputs = F.pad(target, (1, 0), value=BOS).clamp(min=0)
     following = F.pad(target, (0, 1), value=-1)
-    length = (target >= 0).sum(1)
-    following[torch.arange(len(target)), length] = EOS
-    return inputs, following
+    end = (target >= 0).sum(1, keepdim=True)
+    return inputs, following.scatter(1, end, EOS)
 
 # %% ../../nbs/46_tasks.sentences.ipynb #008b
 class SentenceRecognizer(TaskNetwork):
@@ -75,7 +78,8 @@ class SentenceRecognizer(TaskNetwork):
     ):
         super().__init__()
         self.config = config
-        self.features = Features(model, run, config)
+        self.features = task_features(model, run, config)
+        self.layer_sum = layer_sum(self.features)
         channels, size, classes = self.features.channels, config.size, len(CHARACTERS) + 1
         layer = dict(d_model=size, nhead=config.heads, dim_feedforward=4*size, dropout=config.dropout,
                      batch_first=True, norm_first=True)
@@ -87,18 +91,18 @@ class SentenceRecognizer(TaskNetwork):
         self.decoder = nn.TransformerDecoder(decoder_layer, config.layers, nn.LayerNorm(size))
         self.embed = nn.Embedding(classes, size)
         self.output = nn.Linear(size, classes) # of the decoder
-        self.ctc = nn.Linear(size, classes)
+        self.ctc = nn.Linear(size, classes).requires_grad_(config.ctc > 0)
 
     def from_features(
         self,
         features: torch.Tensor, # (B, channels, T)
-        length: torch.Tensor | None = None, # (B,) frames of each utterance; None: all T
+        length: torch.Tensor | None = None, # (B,) frames of each utterance, on the CPU; None: all T
     ) -> torch.Tensor: # (B, T, size)
         "The encoded frames."
-        features = features.transpose(1, 2)
+        features = self.layer_sum(features).transpose(1, 2)
         steps = features.shape[1]
         frames = self.project(features) + positional_encoding(steps, self.config.size, features.device)
-        padding = None if length is None else ~length_mask(length, steps)
+        padding = None if length is None else ~length_mask(length, steps, features.device)
         return self.encoder(frames, src_key_padding_mask=padding)
 
     def target(
@@ -115,35 +119,47 @@ class SentenceRecognizer(TaskNetwork):
         self,
         frames: torch.Tensor, # (B, T, size), encoded
         sentences: torch.Tensor, # (B, L) characters so far, the first one BOS
-        length: torch.Tensor | None = None, # (B,) frames of each utterance
+        length: torch.Tensor | None = None, # (B,) frames of each utterance, on the CPU
     ) -> torch.Tensor: # (B, L, characters) log-probabilities
         "The decoder: how probable each character is as the next one, after each of the characters so far."
         steps = sentences.shape[1]
         positions = positional_encoding(steps, self.config.size, frames.device)
         inputs = self.embed(sentences)*math.sqrt(self.config.size) + positions
         later = torch.ones(steps, steps, dtype=torch.bool, device=frames.device).triu(1)
-        padding = None if length is None else ~length_mask(length, frames.shape[1])
-        outputs = self.decoder(inputs, frames, tgt_mask=later, memory_key_padding_mask=padding)
+        padding = None if length is None else ~length_mask(length, frames.shape[1], frames.device)
+        outputs = self.decoder(inputs, frames, tgt_mask=later, tgt_is_causal=True, memory_key_padding_mask=padding)
         return self.output(outputs).log_softmax(-1)
 
     def loss(
         self,
         frames: torch.Tensor, # (B, T, size), encoded
-        batch: dict, # with target (B, L), -1 where a sentence is over, and length (B,)
-    ) -> torch.Tensor:
+        batch: dict, # with target (B, L), -1 where a sentence is over, and length (B,), both on the CPU
+        ranks: Ranks = ALONE, # processes that train together, each on its share of a batch
+    ) -> torch.Tensor: # whose mean over the ranks is the loss of the whole batch
         "Cross-entropy of each next character, and with the weight `ctc` the CTC loss of each sentence per character."
-        target = batch['target'].to(frames.device)
-        length = batch['length'].to(frames.device)
-        inputs, following = decoder_targets(target)
-        log_p = self.next_characters(frames, inputs, length)
-        decoder_loss = F.nll_loss(log_p.flatten(0, 1), following.flatten(), ignore_index=-1)
-        weight = self.config.ctc
+        weight, sentences = self.config.ctc, len(batch['target'])
+        predicted = int((batch['target'] >= 0).sum()) + sentences # characters, EOS among them
+        loss = self.decoder_loss(frames, batch)*batch_share(predicted, ranks)
         if not weight:
-            return decoder_loss
-        characters = (target >= 0).sum(1) # of each sentence
+            return loss
+        return (1 - weight)*loss + weight*(self.ctc_loss(frames, batch)*batch_share(sentences, ranks))
+
+    def decoder_loss(self, frames, batch):
+        "Cross-entropy of each next character."
+        inputs, following = decoder_targets(batch['target'].to(frames.device, non_blocking=True))
+        log_p = self.next_characters(frames, inputs, batch['length'])
+        return F.nll_loss(log_p.flatten(0, 1), following.flatten(), ignore_index=-1)
+
+    def ctc_loss(self, frames, batch):
+        "The CTC loss of each sentence per character; it takes lengths on the CPU."
+        characters = (batch['target'] >= 0).sum(1) # of each sentence
+        target = batch['target'].to(frames.device, non_blocking=True).clamp(min=0)
         log_p = self.ctc(frames).log_softmax(-1).transpose(0, 1)
-        ctc_loss = F.ctc_loss(log_p, target.clamp(min=0), length, characters, BLANK, zero_infinity=True)
-        return (1 - weight)*decoder_loss + weight*ctc_loss
+        return F.ctc_loss(log_p, target, batch['length'], characters, BLANK, zero_infinity=True)
+
+    def outputs_to_predict(self, outputs):
+        "The beam search takes the encoded frames where they are."
+        return outputs
 
     def predict(
         self,
