@@ -17,11 +17,13 @@ FLOORS = [ # a module imports from lower floors and from its own
     {'tasks'},
     {'report'},
     {'params', 'export', 'stage', 'study'},
+    {'films', 'look', 'offset', 'embed', 'commands'},
     {'miniature'},
     {'testing'},
 ]
 PARTS = ['core', 'encoders', 'attention', 'losses', 'model', 'distributed', 'processes', 'data', 'datasets', 'pretexts',
-         'training', 'tasks', 'report', 'params', 'export', 'stage', 'study', 'testing', 'miniature']
+         'training', 'tasks', 'report', 'params', 'export', 'stage', 'study', 'testing',
+         'films', 'look', 'offset', 'embed', 'commands', 'miniature']
 
 
 def module_names(path):
