@@ -195,8 +195,7 @@ def load(
 # %% ../nbs/61_export.ipynb #015
 def main(arguments: list[str] | None = None):
     "Make a bundle of weights, configuration and model card from a checkpoint."
-    parser = argparse.ArgumentParser('glcm export', description=main.__doc__,
-                                     epilog='example: glcm export artifacts/pretrain/glcm-0 my-model')
+    parser = argparse.ArgumentParser('glcm export', description=main.__doc__)
     parser.add_argument('checkpoint', help='a checkpoint.pt, or the folder it is in')
     parser.add_argument('folder', help='the bundle to make')
     parser.add_argument('--results', default='results/default/metrics.csv',

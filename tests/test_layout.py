@@ -18,11 +18,13 @@ FLOORS = [ # a module imports from lower floors and from its own
     {'report'},
     {'miniature'},
     {'params', 'export', 'stage', 'study'},
+    {'films', 'look', 'offset', 'embed', 'commands'},
     {'testing'},
     {'gpu'},
 ]
 PARTS = ['core', 'encoders', 'attention', 'losses', 'model', 'distributed', 'processes', 'data', 'datasets', 'pretexts',
-         'training', 'tasks', 'report', 'params', 'export', 'stage', 'study', 'testing', 'gpu', 'miniature']
+         'training', 'tasks', 'report', 'params', 'export', 'stage', 'study', 'testing',
+         'films', 'look', 'offset', 'embed', 'commands', 'gpu', 'miniature']
 
 
 def module_names(path):

@@ -77,9 +77,11 @@ def blend(
     frames: np.ndarray, # (F, h, w, 3) uint8
     heatmaps: np.ndarray, # (F, h', w') attention; the scale of colours is the same for all of them
     height: int = 240, # of the pictures to make, pixels
+    limits: tuple | None = None, # attention at both ends of the scale of colours; None: that of these maps
 ) -> np.ndarray: # (F, height, width, 3) uint8
     "Frames with the attention over them."
-    strength = (heatmaps - heatmaps.min())/max(np.ptp(heatmaps), 1e-12)
+    low, high = limits or (heatmaps.min(), heatmaps.max())
+    strength = ((heatmaps - low)/max(high - low, 1e-12)).clip(0, 1)
     picture = enlarge(frames, height)/255
     strength = enlarge(strength, *picture.shape[1:3])
     opacity = 0.85*strength[..., None]
@@ -275,10 +277,11 @@ def _spectrogram_picture(
 def render_film(
     video: AttendedVideo,
     height: int = 240, # of its picture, pixels; the sound takes a third of that more
+    limits: tuple | None = None, # attention at both ends of the scale of colours; None: that of this video
 ) -> np.ndarray: # (F, 4/3 height, 2 * width, 3) uint8, both sides even
     "Every frame, its attention and the sound so far, as pictures for `glcm.data.video.write_video`."
     plain = enlarge(video.frames, height).round().astype(np.uint8)
-    pairs = np.concatenate([plain, blend(video.frames, video.heatmaps, height)], 2)
+    pairs = np.concatenate([plain, blend(video.frames, video.heatmaps, height, limits)], 2)
     count, _, width, _ = pairs.shape
     sound = _spectrogram_picture(video.mel, 2*(height//6), width)
     film = np.concatenate([pairs, np.broadcast_to(sound, (count, *sound.shape))], 1)
