@@ -8,6 +8,7 @@ import os
 import signal
 import textwrap
 from dataclasses import asdict
+from functools import cache
 
 import pytest
 import torch
@@ -33,6 +34,7 @@ from test_resume import assert_equal_runs, write_clips
 VARIANTS = ['glcm', 'glcm_no_local', 'moco', 'cpc', 'dpc', 'infomax', 'avts', 'avslowfast']
 LATE = 5 # a step at which all that a pretext does is going on
 NAMES = [f'clip {k}' for k in range(8)]
+SMALL = dict(views=dict(crop=32), model=dict(grid=8)) # a step on such pictures costs a third
 
 
 def run_of(variant, **changes):
@@ -40,6 +42,11 @@ def run_of(variant, **changes):
     params = override(tiny_params(), dict(pretrain=dict(precision='float32', batch=8)), 'the test')
     run = asdict(run_config(params, variant, 0))
     return parse(RunConfig, run | {name: run[name] | values for name, values in changes.items()}, 'the run')
+
+
+def small_run(variant, **changes):
+    "The same on small pictures, where only equality counts."
+    return run_of(variant, **SMALL, **changes)
 
 
 def batch_of(run, dtype=torch.float32):
@@ -97,6 +104,12 @@ def one_step(run, ranks=ALONE, machine=None, step=LATE, kind=None):
     return dict(values=values, gradients=gradients, state=network.state())
 
 
+@cache
+def whole_step(variant):
+    "A step of one process on the whole batch, which the others are compared with."
+    return one_step(small_run(variant))
+
+
 def assert_same_step(found, expected):
     "Losses, gradients and state are equal to within rounding."
     assert found['values'] == pytest.approx(expected['values'], rel=1e-12)
@@ -113,8 +126,7 @@ def machine_with(**changes):
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_a_step_trains_what_the_pretext_names(variant):
-    run = run_of(variant)
-    step = one_step(run)
+    run, step = small_run(variant), whole_step(variant)
     assert list(step['values']) == [*run.columns, 'stop']
     assert all(math.isfinite(step['values'][name]) for name in run.columns)
     network = new_network(run)
@@ -128,21 +140,20 @@ def test_a_step_trains_what_the_pretext_names(variant):
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_the_named_parts_are_the_loss(variant):
     "Weighted by one, or as the paper's local loss."
-    run = run_of(variant)
-    values = one_step(run)['values']
+    run, values = small_run(variant), whole_step(variant)['values']
     assert values['loss'] == pytest.approx(sum(values[name] for name in run.pretext.losses), rel=1e-12)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_parts_of_a_batch_are_the_batch(variant):
-    whole, in_parts = (one_step(run_of(variant, pretrain=dict(accumulate=count))) for count in (1, 4))
-    assert_same_step(in_parts, whole)
+    in_parts = one_step(small_run(variant, pretrain=dict(accumulate=4)))
+    assert_same_step(in_parts, whole_step(variant))
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_batch_norm_counts_a_step_once(variant):
     "Each part of the batch once, although it is computed twice; what the pretext does not train, not at all."
-    network = new_network(run_of(variant, pretrain=dict(accumulate=2))).train()
+    network = new_network(small_run(variant, pretrain=dict(accumulate=2))).train()
     trained = [p for p in network.parameters() if p.requires_grad]
     training_step(network, torch.optim.SGD(trained, 0.), batch_of(network.run), network.run, LATE)
     for name in ('global', 'local', 'audio'):
@@ -153,8 +164,8 @@ def test_batch_norm_counts_a_step_once(variant):
 @pytest.mark.parametrize('how', ['recompute', pytest.param('compile', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_gradients_stay_when_recomputed_or_compiled(variant, how):
-    run = run_of(variant)
-    assert_same_step(one_step(run, machine=machine_with(**{how: True})), one_step(run))
+    run = small_run(variant)
+    assert_same_step(one_step(run, machine=machine_with(**{how: True})), whole_step(variant))
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -186,14 +197,14 @@ STEP = textwrap.dedent('''
     import sys
     import torch
     from glcm.distributed import process_group
-    from test_pretexts import VARIANTS, Stateful, machine_with, one_step, run_of
+    from test_pretexts import VARIANTS, Stateful, machine_with, one_step, small_run
     with process_group() as ranks:
         result = {}
         for accumulate in (1, 2):
             for variant in VARIANTS:
-                run = run_of(variant, pretrain=dict(accumulate=accumulate))
+                run = small_run(variant, pretrain=dict(accumulate=accumulate))
                 result[variant, accumulate] = one_step(run, ranks, machine_with())
-        result['stateful'] = one_step(run_of('avts'), ranks, machine_with(), kind=Stateful)
+        result['stateful'] = one_step(small_run('avts'), ranks, machine_with(), kind=Stateful)
         if ranks.rank == 0:
             torch.save(result, sys.argv[1])
 ''')
@@ -214,12 +225,12 @@ def over_ranks(request, tmp_path_factory):
 @pytest.mark.parametrize('accumulate', [1, 2])
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_a_step_over_ranks_is_that_of_one_process(over_ranks, variant, accumulate):
-    assert_same_step(over_ranks[variant, accumulate], one_step(run_of(variant)))
+    assert_same_step(over_ranks[variant, accumulate], whole_step(variant))
 
 
 def test_state_over_ranks_is_that_of_one_process(over_ranks):
     "The queue too has the clips in the order of the batch."
-    expected = one_step(run_of('avts'), kind=Stateful)
+    expected = one_step(small_run('avts'), kind=Stateful)
     assert expected['state']['queue'][-8:].any(dim=1).all() and not expected['state']['queue'][:8].any()
     assert_same_step(over_ranks['stateful'], expected)
 
@@ -258,7 +269,7 @@ def clips(tmp_path_factory):
 
 def tiny_train(folder, variant, out, resume='resume', **changes):
     "A run of six steps on the clips of `folder`, a checkpoint after each step."
-    run = run_of(variant, pretrain=dict(batch=3) | changes)
+    run = small_run(variant, pretrain=dict(batch=3) | changes)
     return train(run, machine_with(checkpoint_minutes=0.0), folder/'clips', folder/out, folder/f'{resume}-{variant}')
 
 
