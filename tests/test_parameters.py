@@ -108,7 +108,7 @@ MAY_BE_NULL = {'clips', 'min_frames', 'reader', 'path'}
 MAY_BE_ZERO = {
     'seed', 'seeds', 'max_rejected', 'shift', 'flip', 'gray', 'local_embedding', 'grid', 'local_weight', 'block', 'steps', 'warmup_steps', 'weight_decay',
     'workers', 'restarts', 'checkpoint_minutes', 'frozen', 'frames', 'momentum', 'hard', 'hard_from', 'penalty', 'dropout'}
-REQUIRED = 'audio', 'store', 'views', 'model', 'loss', 'pretrain', 'machine', 'localize', 'figures'
+REQUIRED = 'audio', 'store', 'world', 'views', 'model', 'loss', 'pretrain', 'machine', 'localize', 'figures'
 
 
 def leaves(values, place=()):
