@@ -106,9 +106,9 @@ WRONG = dict(
     huge_float=1e300, longer_than_a_float=10**400, infinite=float('inf'), minus_infinite=float('-inf'), nan=float('nan'))
 MAY_BE_NULL = {'clips', 'min_frames', 'reader', 'path'}
 MAY_BE_ZERO = {
-    'seeds', 'max_rejected', 'shift', 'flip', 'gray', 'local_embedding', 'grid', 'local_weight', 'block', 'steps', 'warmup_steps', 'weight_decay',
+    'seed', 'seeds', 'max_rejected', 'shift', 'flip', 'gray', 'local_embedding', 'grid', 'local_weight', 'block', 'steps', 'warmup_steps', 'weight_decay',
     'workers', 'restarts', 'checkpoint_minutes', 'frozen', 'frames', 'momentum', 'hard', 'hard_from', 'penalty', 'dropout'}
-REQUIRED = 'audio', 'store', 'views', 'model', 'loss', 'pretrain', 'machine', 'localize', 'figures'
+REQUIRED = 'audio', 'store', 'world', 'views', 'model', 'loss', 'pretrain', 'machine', 'localize', 'figures'
 
 
 def leaves(values, place=()):
