@@ -30,13 +30,20 @@ ENCODERS = 'global_encoder', 'local_encoder'
 EMBEDDINGS = 'audio_global', 'video_global', 'attention', 'audio_local', 'video_local'
 
 
+def mixed(x, shift, factor=1):
+    "A step of SplitMix64: the upper bits of whole numbers are laid over the lower ones, and all are multiplied."
+    return (x ^ (x >> np.uint64(shift)))*np.uint64(factor)
+
+
 def uniform(shape, seed):
     "Numbers in -1..1 by SplitMix64: whole numbers only, so the same on every machine and in every version."
-    x = np.arange(1, np.prod(shape) + 1, dtype=np.uint64)*np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed << 32)
-    x = (x ^ (x >> np.uint64(30)))*np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27)))*np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
-    return torch.from_numpy((x >> np.uint64(11)).astype(np.float64)/2**52 - 1).view(shape)
+    counter = np.arange(1, np.prod(shape) + 1, dtype=np.uint64)
+    x = counter*np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed << 32)
+    x = mixed(x, 30, 0xBF58476D1CE4E5B9)
+    x = mixed(x, 27, 0x94D049BB133111EB)
+    x = mixed(x, 31)
+    upper_bits = (x >> np.uint64(11)).astype(np.float64) # 53 of 64: as many as a float holds
+    return torch.from_numpy(upper_bits/2**52 - 1).view(shape)
 
 
 def weight(name, shape):

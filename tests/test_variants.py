@@ -4,6 +4,7 @@ from dataclasses import asdict
 import pytest
 import torch
 import yaml
+from batches import noise_batch
 
 from glcm.core import InputError, override, parse, read_params, read_study, root
 from glcm.data.views import prepare_inputs
@@ -15,15 +16,6 @@ from glcm.training.step import training_step
 
 PARAMS = tiny_params()
 STUDIES = 'full', 'paper', 'grid', 'esc10', 'esc50_fold4', 'lrwar', 'seeds', 'world'
-
-
-def batch(config, clips=3):
-    g = torch.Generator().manual_seed(0)
-    T, side = config.views.frames, config.views.crop
-    planes = torch.randint(0, 256, (2, clips, T, side*3//2, side), generator=g, dtype=torch.uint8)
-    mel = torch.randn(2, clips, config.audio.bands, config.model.mel_per_step*T, generator=g)
-    second = dict(second_planes=planes[1], second_mel=mel[1], distance=torch.full((clips,), 9))
-    return second | dict(planes=planes[0], mel=mel[0], shift=torch.zeros(clips, dtype=torch.long), clip=list('abcdef')[:clips])
 
 
 def rows_of(study):
@@ -46,7 +38,7 @@ def test_one_step_of_every_variant(study, variant):
     model = GLCM(config.model)
     network = config.pretext.network(model, config).train()
     optimizer = torch.optim.AdamW(network.parameters())
-    values = training_step(network, optimizer, batch(config, 2), config, 5)
+    values = training_step(network, optimizer, noise_batch(config, 2), config, 5)
     assert torch.isfinite(torch.tensor([values[name] for name in config.columns])).all()
     for name in PARTS:
         gradients = [p.grad for p in model.part(name).parameters()]
@@ -57,7 +49,7 @@ def test_one_step_of_every_variant(study, variant):
 def test_each_part_of_a_batch_is_counted_once_by_batch_norm():
     config = run_config(override(PARAMS, dict(pretrain=dict(accumulate=3)), 'the test'), 'glcm', 0)
     network = config.pretext.network(GLCM(config.model), config).train()
-    training_step(network, torch.optim.AdamW(network.parameters()), batch(config, 6), config, 5)
+    training_step(network, torch.optim.AdamW(network.parameters()), noise_batch(config, 6), config, 5)
     counts = [buffer.item() for name, buffer in network.named_buffers() if name.endswith('num_batches_tracked')]
     assert set(counts) == {3}
 
@@ -196,7 +188,7 @@ def test_floor_of_the_released_loss():
     "Positives counted in both halves of the denominator: even perfect embeddings keep a loss of ln 2."
     config = run_config(PARAMS, 'released', 0)
     model = GLCM(config.model).eval()
-    clips = batch(config)
+    clips = noise_batch(config, 3)
     losses = glcm_loss(model(*prepare_inputs(clips['planes'], clips['mel'])), config.loss)
     assert losses['global_loss'] >= torch.log(torch.tensor(2.0)) and losses['local_loss'] >= torch.log(torch.tensor(2.0))
 
