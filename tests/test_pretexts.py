@@ -155,7 +155,8 @@ def test_bfloat16_is_near(variant):
     for precision in ('float32', 'bfloat16'):
         network = new_network(run_of(variant, pretrain=dict(precision=precision))).eval()
         trained = [p for p in network.parameters() if p.requires_grad]
-        values[precision] = training_step(network, torch.optim.SGD(trained, 0.), noise_batch(network.run), network.run, LATE)
+        values[precision] = training_step(network, torch.optim.SGD(trained, 0.), noise_batch(network.run),
+                                          network.run, LATE)
     assert values['bfloat16'] == pytest.approx(values['float32'], rel=0.05, abs=0.02)
 
 
@@ -167,7 +168,8 @@ def test_draws_belong_to_clips(variant):
     for step in range(LATE, LATE + 4):
         torch.manual_seed(step)
         straight = network.before_step(views, NAMES, step, ALONE)
-        mixed = network.before_step({name: view[order] for name, view in views.items()}, [NAMES[k] for k in order], step, ALONE)
+        mixed = network.before_step({name: view[order] for name, view in views.items()},
+                                    [NAMES[k] for k in order], step, ALONE)
         for name, tensor in straight.items():
             torch.testing.assert_close(mixed[name], tensor[order], msg=name)
 
@@ -234,7 +236,8 @@ def test_state_changes_once_a_step(accumulate, tmp_path):
     row = dict.fromkeys(run.columns, 0.)
     Resume(tmp_path, run, 'no data').save([row], network, optimizer)
     restored = new_network(run, Stateful)
-    Resume(tmp_path, run, 'no data').restore(restored, torch.optim.SGD([p for p in restored.parameters() if p.requires_grad], 0.))
+    trained = [p for p in restored.parameters() if p.requires_grad]
+    Resume(tmp_path, run, 'no data').restore(restored, torch.optim.SGD(trained, 0.))
     assert restored.state().keys() == network.state().keys()
     assert all(torch.equal(tensor, network.state()[name]) for name, tensor in restored.state().items())
     assert not set(network.state()) & set(saved_state(tmp_path)['model'])
@@ -407,7 +410,8 @@ def test_avts_needs_another_clip_and_no_shift():
 def test_a_tiny_run_learns(variant, chance):
     """Eight clips by heart: below the least loss of a network that cannot tell a positive from a negative.
     In DPC it can tell cells of a clip by padding, and chance is that of clips."""
-    network = new_network(run_of(variant, pretrain=dict(steps=60, lr=0.003, schedule='constant', warmup_steps=5))).train()
+    run = run_of(variant, pretrain=dict(steps=60, lr=0.003, schedule='constant', warmup_steps=5))
+    network = new_network(run).train()
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer, batch = torch.optim.AdamW(trained), noise_batch(network.run)
     losses = [training_step(network, optimizer, batch, network.run, step)['loss'] for step in range(60)]

@@ -44,7 +44,7 @@ def unit_rows(rows, columns, seed):
 
 @pytest.mark.parametrize('K, temperature', [(1, 1.0), (7, 0.1), (256, 0.07), (4096, 0.07)])
 def test_closed_forms(K, temperature):
-    "Three clips of one query: its own key and all that wait in the queue are either the query or at right angles to it."
+    "Three clips of one query: its own key and all of the queue are the query, or at right angles to it."
     same, other = torch.eye(8, dtype=torch.float64)[:2]
 
     def loss(key, waiting):

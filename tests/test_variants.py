@@ -54,7 +54,8 @@ def test_each_part_of_a_batch_is_counted_once_by_batch_norm():
     assert set(counts) == {3}
 
 
-STAGE_MODULES = { # what the notebook of each stage calls; pictures within a notebook are left out, so that they retrain nothing
+# what the notebook of each stage calls; pictures within a notebook are left out, so that they retrain nothing
+STAGE_MODULES = {
     'draw': ['miniature.world'],
     'preprocess': ['datasets.catalogue', 'data.preprocess'],
     'gather': ['data.views'],
@@ -71,7 +72,8 @@ def test_a_stage_depends_on_what_its_modules_import(stage):
     stages = yaml.safe_load((root()/'dvc.yaml').read_text())['stages']
     deps = stages[stage].get('do', stages[stage])['deps']
     named = {path for path in deps if path.startswith('glcm/')}
-    assert named == needed, f'{stage} in dvc.yaml lacks {sorted(needed - named)}, and names {sorted(named - needed)} for nothing'
+    lacking, for_nothing = sorted(needed - named), sorted(named - needed)
+    assert named == needed, f'{stage} in dvc.yaml lacks {lacking}, and names {for_nothing} for nothing'
 
 
 def differences(variant):
@@ -156,15 +158,18 @@ def test_parameters_of_the_paper_are_the_papers():
     assert {params['datasets'][name]['fps'] for name in config.pretrain.datasets} == {10}
     assert (config.views.frames, config.views.crop, config.views.shift, config.views.jitter) == (32, 112, 0, True)
     assert (config.audio.bands, config.model.mel_per_step*config.views.frames) == (80, 384)
-    assert (config.model.encoders, config.model.width, config.model.global_frames, config.model.grid, config.model.slices_per_step) == ('r3d', 64, 8, 16, 3)
-    assert (config.model.normalize, config.loss.temperature, config.loss.count_positives, config.loss.mil) == (False, 1.0, 'once', True)
-    assert (config.pretrain.batch/params['machine']['gpus'], config.pretrain.lr, config.pretrain.warmup_steps) == (32, 0.001, 500)
+    model, loss, pretrain = config.model, config.loss, config.pretrain
+    sizes = model.encoders, model.width, model.global_frames, model.grid, model.slices_per_step
+    assert sizes == ('r3d', 64, 8, 16, 3)
+    assert (model.normalize, loss.temperature, loss.count_positives, loss.mil) == (False, 1.0, 'once', True)
+    assert (pretrain.batch/params['machine']['gpus'], pretrain.lr, pretrain.warmup_steps) == (32, 0.001, 500)
     assert (config.loss.negatives, config.model.pooling, config.loss.local_weight) == ('world', 'attention', 1.0)
 
 
 def test_k_av_15k_has_15000_clips_of_the_papers_240000():
     params = read_study('paper')
-    assert [run_config(params, variant, 0).pretrain.clips for variant in ('glcm', 'glcm_15k', 'glcm_15k_no_mil')] == [None, 15_000, 15_000]
+    clips = [run_config(params, variant, 0).pretrain.clips for variant in ('glcm', 'glcm_15k', 'glcm_15k_no_mil')]
+    assert clips == [None, 15_000, 15_000]
     assert not run_config(params, 'glcm_15k_no_mil', 0).loss.mil
 
 
@@ -177,7 +182,8 @@ def test_kinetics_alone_has_the_papers_number_of_clips():
 
 
 @pytest.mark.parametrize('variant, changed', [
-    ('glcm_no_local', {'loss.local_weight': 0.0}), ('glcm_no_mil', {'loss.mil': False}), ('glcm_mean_pool', {'model.pooling': 'mean'}),
+    ('glcm_no_local', {'loss.local_weight': 0.0}), ('glcm_no_mil', {'loss.mil': False}),
+    ('glcm_mean_pool', {'model.pooling': 'mean'}),
     ('glcm_15k', {'pretrain.clips': 54}), ('glcm_15k_no_mil', {'pretrain.clips': 54, 'loss.mil': False}),
     ('glcm_kinetics', {'pretrain.datasets': ['kinetics700']})])
 def test_ablations_change_what_their_names_say(variant, changed):
@@ -190,7 +196,8 @@ def test_floor_of_the_released_loss():
     model = GLCM(config.model).eval()
     clips = noise_batch(config, 3)
     losses = glcm_loss(model(*prepare_inputs(clips['planes'], clips['mel'])), config.loss)
-    assert losses['global_loss'] >= torch.log(torch.tensor(2.0)) and losses['local_loss'] >= torch.log(torch.tensor(2.0))
+    assert losses['global_loss'] >= torch.log(torch.tensor(2.0))
+    assert losses['local_loss'] >= torch.log(torch.tensor(2.0))
 
 
 @pytest.mark.parametrize('section, values, message', [
