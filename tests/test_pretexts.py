@@ -12,6 +12,7 @@ from functools import cache
 
 import pytest
 import torch
+from batches import NAMES, noise_batch
 
 import glcm.training.pretrain as training
 from glcm.core import InputError, override, parse, root
@@ -33,7 +34,6 @@ from test_resume import assert_equal_runs, write_clips
 # rows of `variants`, each with another pretext or part of one
 VARIANTS = ['glcm', 'glcm_no_local', 'moco', 'cpc', 'dpc', 'infomax', 'avts', 'avslowfast']
 LATE = 5 # a step at which all that a pretext does is going on
-NAMES = [f'clip {k}' for k in range(8)]
 SMALL = dict(views=dict(crop=32), model=dict(grid=8)) # a step on such pictures costs a third
 
 
@@ -47,16 +47,6 @@ def run_of(variant, **changes):
 def small_run(variant, **changes):
     "The same on small pictures, where only equality counts."
     return run_of(variant, **SMALL, **changes)
-
-
-def batch_of(run, dtype=torch.float32):
-    "Eight clips of noise, with all that a pretext may ask for."
-    torch.manual_seed(1)
-    T, side, longest = run.views.frames, run.views.crop, run.views.shift
-    planes = torch.randint(0, 256, (2, 8, T, side*3//2, side), dtype=torch.uint8)
-    mel = torch.randn(2, 8, run.model.bands, run.model.mel_per_step*T, dtype=dtype)
-    second = dict(second_planes=planes[1], second_mel=mel[1], distance=torch.tensor([-7, 9]*4))
-    return second | dict(planes=planes[0], mel=mel[0], shift=torch.randint(-longest, longest + 1, (8,)), clip=NAMES)
 
 
 def share_of(batch, ranks):
@@ -99,7 +89,8 @@ def one_step(run, ranks=ALONE, machine=None, step=LATE, kind=None):
         wrapped = network
     wrapped.eval()
     trained = [p for p in network.parameters() if p.requires_grad]
-    values = training_step(wrapped, torch.optim.SGD(trained, 0.), share_of(batch_of(run, torch.float64), ranks), run, step, ranks)
+    batch = share_of(noise_batch(run, dtype=torch.float64), ranks)
+    values = training_step(wrapped, torch.optim.SGD(trained, 0.), batch, run, step, ranks)
     gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
     return dict(values=values, gradients=gradients, state=network.state())
 
@@ -155,7 +146,7 @@ def test_batch_norm_counts_a_step_once(variant):
     "Each part of the batch once, although it is computed twice; what the pretext does not train, not at all."
     network = new_network(small_run(variant, pretrain=dict(accumulate=2))).train()
     trained = [p for p in network.parameters() if p.requires_grad]
-    training_step(network, torch.optim.SGD(trained, 0.), batch_of(network.run), network.run, LATE)
+    training_step(network, torch.optim.SGD(trained, 0.), noise_batch(network.run), network.run, LATE)
     for name in ('global', 'local', 'audio'):
         counts = {int(value) for key, value in network.model.part(name).named_buffers() if key.endswith('tracked')}
         assert counts == ({2} if name in network.run.trained else {0}), name
@@ -175,7 +166,8 @@ def test_bfloat16_is_near(variant):
     for precision in ('float32', 'bfloat16'):
         network = new_network(run_of(variant, pretrain=dict(precision=precision))).eval()
         trained = [p for p in network.parameters() if p.requires_grad]
-        values[precision] = training_step(network, torch.optim.SGD(trained, 0.), batch_of(network.run), network.run, LATE)
+        values[precision] = training_step(network, torch.optim.SGD(trained, 0.), noise_batch(network.run),
+                                          network.run, LATE)
     assert values['bfloat16'] == pytest.approx(values['float32'], rel=0.05, abs=0.02)
 
 
@@ -183,11 +175,12 @@ def test_bfloat16_is_near(variant):
 def test_draws_belong_to_clips(variant):
     "What a step draws for a clip does not depend on the clips beside it, and so not on the number of ranks."
     network = new_network(run_of(variant)).eval()
-    views, order = prepare_views(batch_of(network.run)), torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
+    views, order = prepare_views(noise_batch(network.run)), torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
     for step in range(LATE, LATE + 4):
         torch.manual_seed(step)
         straight = network.before_step(views, NAMES, step, ALONE)
-        mixed = network.before_step({name: view[order] for name, view in views.items()}, [NAMES[k] for k in order], step, ALONE)
+        mixed = network.before_step({name: view[order] for name, view in views.items()},
+                                    [NAMES[k] for k in order], step, ALONE)
         for name, tensor in straight.items():
             torch.testing.assert_close(mixed[name], tensor[order], msg=name)
 
@@ -239,7 +232,7 @@ def test_state_over_ranks_is_that_of_one_process(over_ranks):
 def test_state_changes_once_a_step(accumulate, tmp_path):
     "In a batch of several parts as well; and a resumed run has it again."
     run = run_of('avts', pretrain=dict(accumulate=accumulate, lr=1e-12)) # weights stay as they are
-    network, batch = new_network(run, Stateful).eval(), batch_of(run)
+    network, batch = new_network(run, Stateful).eval(), noise_batch(run)
     torch.nn.init.zeros_(network.follower.weight)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, 0.)
@@ -254,7 +247,8 @@ def test_state_changes_once_a_step(accumulate, tmp_path):
     row = dict.fromkeys(run.columns, 0.)
     Resume(tmp_path, run, 'no data').save([row], network, optimizer)
     restored = new_network(run, Stateful)
-    Resume(tmp_path, run, 'no data').restore(restored, torch.optim.SGD([p for p in restored.parameters() if p.requires_grad], 0.))
+    trained = [p for p in restored.parameters() if p.requires_grad]
+    Resume(tmp_path, run, 'no data').restore(restored, torch.optim.SGD(trained, 0.))
     assert restored.state().keys() == network.state().keys()
     assert all(torch.equal(tensor, network.state()[name]) for name, tensor in restored.state().items())
     assert not set(network.state()) & set(saved_state(tmp_path)['model'])
@@ -329,7 +323,7 @@ def test_untrained_parts_are_refused(clips, variant):
         else:
             with pytest.raises(InputError, match='of the network, and pretraining has trained'):
                 Features(model, run, config)
-    views = prepare_views({name: values[:1] for name, values in batch_of(run).items()})
+    views = prepare_views({name: values[:1] for name, values in noise_batch(run).items()})
     for function, needed in ((attention_heatmap, {'global', 'audio', 'projections'}), (local_embeddings, set(PARTS))):
         if not needed <= set(model.trained):
             with pytest.raises(InputError, match='of the network, and pretraining has trained'):
@@ -427,8 +421,9 @@ def test_avts_needs_another_clip_and_no_shift():
 def test_a_tiny_run_learns(variant, chance):
     """Eight clips by heart: below the least loss of a network that cannot tell a positive from a negative.
     In DPC it can tell cells of a clip by padding, and chance is that of clips."""
-    network = new_network(run_of(variant, pretrain=dict(steps=60, lr=0.003, schedule='constant', warmup_steps=5))).train()
+    run = run_of(variant, pretrain=dict(steps=60, lr=0.003, schedule='constant', warmup_steps=5))
+    network = new_network(run).train()
     trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer, batch = torch.optim.AdamW(trained), batch_of(network.run)
+    optimizer, batch = torch.optim.AdamW(trained), noise_batch(network.run)
     losses = [training_step(network, optimizer, batch, network.run, step)['loss'] for step in range(60)]
     assert losses[0] > chance and max(losses[-5:]) < 0.8*chance
