@@ -36,11 +36,13 @@ repro: $(READY) data-present
 	@$(BIN)/dvc repro
 endif
 
-# Two notebooks or files of tests at a time, a thread each.
+# Two notebooks or files of tests at a time, a thread each; memory is kept for the next step, as stages do (nbs/62_stage.ipynb).
 test slow: export OMP_NUM_THREADS = 1
+test slow: export MALLOC_MMAP_THRESHOLD_ = 4294967296
+test slow: export MALLOC_TRIM_THRESHOLD_ = 4294967296
 test: $(READY) data-present
 	@$(BIN)/nbdev_test --n_workers 2 --do_print --timing
-	@$(BIN)/pytest -n 2 --dist loadfile
+	@$(BIN)/pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 slow: $(READY) data-present
 	@$(BIN)/nbdev_test --flags slow --n_workers 1 --do_print --timing

@@ -212,9 +212,11 @@ def _hint(error: dict) -> str:
 # %% ../nbs/00_core.ipynb #012c
 SECTION = 'a section of parameters'
 WISHES = dict(
-    int_type='a whole number', float_type='a number', bool_type='true or false', string_type='a text', list_type='a list',
+    int_type='a whole number', float_type='a number', bool_type='true or false', string_type='a text',
+    list_type='a list',
     dict_type=SECTION, dataclass_type=SECTION, model_attributes_type=SECTION, finite_number='a finite number',
-    greater_than='above {gt}', greater_than_equal='{ge} or more', less_than='below {lt}', less_than_equal='{le} or less',
+    greater_than='above {gt}', greater_than_equal='{ge} or more',
+    less_than='below {lt}', less_than_equal='{le} or less',
     multiple_of='a multiple of {multiple_of}', literal_error='{expected}', union_tag_invalid='one of {expected_tags}',
     too_short='a list of at least {min_length}', string_too_long='at most {max_length} characters long',
     string_pattern_mismatch='{pattern}') # kind of pydantic's error -> what the value should be
@@ -275,7 +277,8 @@ def _sentence(error: dict, kind, values, name: str) -> str:
     if error['type'] in UNKNOWN:
         names = list(dict.fromkeys(_names_at(kind, place[:-1])))
         close = get_close_matches(str(place[-1]), names, 1)
-        return f'{above} has no parameter {place[-1]!r}' + (f': did you mean {close[0]!r}?' if close else f'; it takes: {", ".join(names)}')
+        remedy = f': did you mean {close[0]!r}?' if close else f'; it takes: {", ".join(names)}'
+        return f'{above} has no parameter {place[-1]!r}{remedy}'
     if error['type'] == 'missing':
         return f'{above} lacks {place[-1]!r}: add it'
     if error['type'] == 'union_tag_not_found':
@@ -437,8 +440,9 @@ def progress(
     initial: int = 0, # how many were done before
 ): # a tqdm bar: iterate it, and `set_postfix_str` on it
     "A text progress bar over `items`."
-    return tqdm(items, desc=name, total=total, initial=initial, file=sys.stdout, ascii=' =', dynamic_ncols=False, ncols=110,
-                mininterval=0.2 if sys.stdout.isatty() else 5, leave=True)
+    every = 0.2 if sys.stdout.isatty() else 5 # seconds
+    return tqdm(items, desc=name, total=total, initial=initial, file=sys.stdout, ascii=' =',
+                dynamic_ncols=False, ncols=110, mininterval=every, leave=True)
 
 # %% ../nbs/00_core.ipynb #030
 def generator(
@@ -452,7 +456,7 @@ def seed_everything(
     seed: int, # the run's seed
 ):
     "Seed Python's, NumPy's and PyTorch's global generators, for weights and anything a library draws by itself."
-    import torch # here alone: processes that decode files use this module, and PyTorch takes seconds and half a gigabyte
+    import torch # here alone: processes that decode files use this module, and PyTorch takes half a gigabyte
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)

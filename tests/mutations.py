@@ -20,7 +20,8 @@ from glcm.data.workers import Decoder
 from glcm.data.video import write_video
 
 ABSURD = [0, 1, 2, 255, 65535, 1 << 24, (1 << 31) - 1, 1 << 31, (1 << 32) - 1] # values that no honest header has
-SMALL_LUMA, SMALL_MEL = 12, 0.3 # small harm: mean difference of the worst frame, of 255; median difference of log10 mel energies
+# small harm: mean difference of the worst frame, of 255; median difference of log10 mel energies
+SMALL_LUMA, SMALL_MEL = 12, 0.3
 SHIFT = 6 # columns by which sound may have moved: half a visual step
 REASONS = {'does not decode', 'cut off', 'no video', 'no audio', 'too short', 'clock jumps', 'changes size',
            'longer than its header says', 'unknown colours', 'too large', 'takes too long', 'crashes the decoder'}
@@ -45,7 +46,9 @@ def written_files(folder: Path, seconds: int = 3) -> list: # paths
 
 def with_sound(film: Path, other: Path, out: Path):
     "An avi of the packets of a silent film and the re-encoded sound of another file."
-    with av.open(str(film), metadata_errors='ignore') as source, av.open(str(other)) as speaker, av.open(str(out), 'w') as container:
+    with (av.open(str(film), metadata_errors='ignore') as source,
+          av.open(str(other)) as speaker,
+          av.open(str(out), 'w') as container):
         picture = container.add_stream_from_template(source.streams.video[0])
         sound = container.add_stream('mp2', rate=44100, layout='mono')
         packets = [p for p in source.demux(video=0) if p.size]
@@ -74,9 +77,10 @@ def real_files(shared: Path, folder: Path) -> list: # paths
     return kinetics + sorted((grid/'video').glob('*.mp4'))[::100] + avis + sorted((esc10/'audio').glob('*.ogg'))[::80]
 
 
-# -- where the header is, and where the payload -------------------------------------------------------------------------
+# -- where the header is, and where the payload ------------------------------------------------------------------
 
-def boxes(data: bytes, start: int = 0, end: int | None = None): # (kind, offset, size) of every box of an mp4 or chunk of an avi
+# (kind, offset, size) of every box of an mp4 or chunk of an avi
+def boxes(data: bytes, start: int = 0, end: int | None = None):
     "Walk the boxes of an mp4, or the chunks of an avi, down to those that hold no others."
     riff, at, end = data[:4] == b'RIFF', start, len(data) if end is None else end
     while at + 8 <= end:
@@ -152,7 +156,8 @@ def many_flips_in_header(files, k, rng):
     start = payload(files.data[k])[0]
     return _flipped(files.data[k], rng, 0, start, max(8, start//100))
 
-def few_flips_in_payload(files, k, rng): return _flipped(files.data[k], rng, *payload(files.data[k]), rng.integers(1, 5))
+def few_flips_in_payload(files, k, rng):
+    return _flipped(files.data[k], rng, *payload(files.data[k]), rng.integers(1, 5))
 
 def many_flips_in_payload(files, k, rng):
     start, end = payload(files.data[k])
@@ -223,7 +228,8 @@ def wrong_ending(files, k, rng): return files.data[k]
 def _another(files, k, rng): return (k + int(rng.integers(1, len(files.data)))) % len(files.data)
 
 
-KINDS = [cut_anywhere, cut_in_payload, piece_missing, hole_of_zeros, few_flips_in_header, many_flips_in_header, few_flips_in_payload,
+KINDS = [cut_anywhere, cut_in_payload, piece_missing, hole_of_zeros, few_flips_in_header,
+         many_flips_in_header, few_flips_in_payload,
          many_flips_in_payload, payload_of_another, sound_of_another, kinds_exchanged, something_appended, zero_length,
          absurd_header, wrong_content, wrong_ending]
 
@@ -260,11 +266,13 @@ class Content:
 
     @classmethod
     def unpack(cls, members: dict, entries: dict):
-        levels = np.concatenate([np.frombuffer(chunk, np.uint8).reshape(read_params()['audio']['bands'], -1) for chunk in members['mel.raw']], 1)
+        bands = read_params()['audio']['bands']
+        levels = np.concatenate([np.frombuffer(chunk, np.uint8).reshape(bands, -1) for chunk in members['mel.raw']], 1)
         if 'i420' not in members:
             return cls(None, levels)
         planes = np.stack([np.frombuffer(chunk, np.uint8) for chunk in members['i420']])
-        return cls(planes[:, :entries['height']*entries['width']].reshape(-1, entries['height'], entries['width']), levels)
+        height, width = entries['height'], entries['width']
+        return cls(planes[:, :height*width].reshape(-1, height, width), levels)
 
 
 def settings_of(path: Path) -> Settings:
@@ -276,8 +284,9 @@ def settings_of(path: Path) -> Settings:
 
 
 def harm(original: Content, damaged: Content) -> tuple: # steps lost, luma, mel
-    """Steps fewer or more; difference of luma in the worst frame, from the original's frame of the same time or of a neighbour's;
-    median difference of log10 mel, at the best shift of the sound. A cut between scenes that comes a step early is thus small harm."""
+    """Steps fewer or more; difference of luma in the worst frame, from the original's frame of the same time or of a
+    neighbour's; median difference of log10 mel, at the best shift of the sound. A cut between scenes that comes a step
+    early is thus small harm."""
     columns = min(original.levels.shape[1], damaged.levels.shape[1]) - 2*SHIFT
     ours = original.levels[:, SHIFT:SHIFT + columns].astype(int)
     mel = min(float(np.median(np.abs(ours - damaged.levels[:, at:at + columns]))) for at in range(2*SHIFT + 1))/LEVELS
@@ -287,7 +296,8 @@ def harm(original: Content, damaged: Content) -> tuple: # steps lost, luma, mel
     if original.luma.shape[1:] != damaged.luma.shape[1:]:
         return lost, 255.0, mel
     frames = min(len(original.luma), len(damaged.luma))
-    luma = np.stack([np.abs(np.roll(original.luma, s, 0)[:frames].astype(int) - damaged.luma[:frames]).mean((1, 2)) for s in (-1, 0, 1)])
+    neighbours = [np.roll(original.luma, s, 0)[:frames].astype(int) for s in (-1, 0, 1)]
+    luma = np.stack([np.abs(frame - damaged.luma[:frames]).mean((1, 2)) for frame in neighbours])
     return lost, float(luma.min(0).max()), mel
 
 
@@ -316,5 +326,6 @@ def fuzz(paths: list, folder: Path, count: int, seed: int = 0, seconds: float = 
             lost, luma, mel = harm(original, content)
         except Rejection as e:
             outcome, detail, lost, luma, mel = e.reason, e.detail, None, None, None
-        yield dict(number=mutant.number, kind=mutant.kind, source=mutant.source.name, format=mutant.source.suffix[1:], outcome=outcome,
+        yield dict(number=mutant.number, kind=mutant.kind, source=mutant.source.name,
+                   format=mutant.source.suffix[1:], outcome=outcome,
                    detail=detail, steps_lost=lost, luma=luma, mel=mel, seconds=time.monotonic() - started)

@@ -12,7 +12,8 @@ from glcm.data.video import read_recording, write_video
 
 SHARED = Path(__file__).resolve().parents[2]/'shared'/'data'
 USED = {'unchanged', 'small harm', 'of another file', 'large harm'}
-TELLING = ['cut anywhere', 'cut in payload', 'zero length', 'wrong content', 'wrong ending', 'absurd header'] # damage that must be seen
+# damage that must be seen
+TELLING = ['cut anywhere', 'cut in payload', 'zero length', 'wrong content', 'wrong ending', 'absurd header']
 SECONDS = 60 # that a file may take
 
 

@@ -58,7 +58,8 @@ def test_chapters_are_in_reading_order():
     found = []
     for path in sorted((root()/'nbs').glob('*.ipynb')):
         sources = [cell.source for cell in nbformat.read(path, 4).cells]
-        exports = [source.removeprefix('#| default_exp ').strip() for source in sources if source.startswith('#| default_exp')]
+        directive = '#| default_exp '
+        exports = [source.removeprefix(directive).strip() for source in sources if source.startswith(directive)]
         if not exports: # prose alone
             continue
         module, = exports

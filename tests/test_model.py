@@ -356,7 +356,8 @@ def test_views_that_do_not_fit_together(video, audio, message):
 @pytest.mark.parametrize('change, message', [
     (dict(slices_per_step=5), '12 is not divisible'), (dict(slices_per_step=4), '= 3 is impossible'),
     (dict(mel_per_step=9), '= 3 is impossible'), (dict(global_stride=64), 'global_stride 64'),
-    (dict(local_stride=3), 'local_stride 3'), (dict(embedding=0), 'embedding should be 1 or more'), (dict(grid=-1), 'grid'),
+    (dict(local_stride=3), 'local_stride 3'), (dict(embedding=0), 'embedding should be 1 or more'),
+    (dict(grid=-1), 'grid'),
     (dict(pooling='max'), 'max'), (dict(projection='deep'), 'deep'), (dict(encoders='r2d'), 'r2d'),
     (dict(projection='none'), '32, not r3d and 16'), (dict(attention_temperature=-1.), 'attention_temperature')])
 def test_impossible_models(change, message):

@@ -96,7 +96,8 @@ def predictions(clips, seed=0):
     nearest = rng.choice(list('abcdef'), (clips, 5))
     return pd.DataFrame(dict(
         split=np.where(np.arange(clips) < 30, 'one', 'two'), clip=[f'c{k}' for k in range(clips)], group='',
-        label=rng.choice(list('abcdef'), clips), predicted=nearest[:, 0], neighbours=[json.dumps(list(row)) for row in nearest]))
+        label=rng.choice(list('abcdef'), clips), predicted=nearest[:, 0],
+        neighbours=[json.dumps(list(row)) for row in nearest]))
 
 
 def test_recall_at_one_and_five_counted_by_hand():

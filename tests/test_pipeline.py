@@ -14,7 +14,8 @@ from glcm.miniature.world import write_world
 from glcm.testing import tiny_params
 
 ROOT = Path(__file__).parents[1]
-ENVIRONMENT = {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}', 'DVC_NO_ANALYTICS': '1'}
+ENVIRONMENT = {**os.environ, 'PATH': f'{Path(sys.executable).parent}{os.pathsep}{os.environ["PATH"]}',
+               'DVC_NO_ANALYTICS': '1'}
 
 
 def run(folder, *command, fails=False):
@@ -42,9 +43,11 @@ def change(folder, section, **values):
 
 def copy_of_the_repository(folder, params):
     "Its code with other parameters, without data and results."
-    tracked = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split('\0')
+    listed = subprocess.run(['git', 'ls-files', '-z'], cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = listed.stdout.split('\0')
     for name in filter(None, tracked):
-        if name.startswith(('.git/', 'sample/', 'results/')) or name in ('data.dvc', 'dvc.lock') or not (ROOT/name).exists():
+        left_out = name.startswith(('.git/', 'sample/', 'results/')) or name in ('data.dvc', 'dvc.lock')
+        if left_out or not (ROOT/name).exists():
             continue
         (folder/name).parent.mkdir(parents=True, exist_ok=True)
         (folder/name).write_bytes((ROOT/name).read_bytes())
@@ -59,7 +62,8 @@ def project(tmp_path_factory):
     params = tiny_params()
     params['finetune']['esc50']['epochs'] = 1
     copy_of_the_repository(folder, params)
-    write_world(folder/'data', dict(kinetics700=dict(train=5, validate=1), avspeech=dict(speech=3), vggss=dict(held_out=3),
+    write_world(folder/'data',
+                dict(kinetics700=dict(train=5, validate=1), avspeech=dict(speech=3), vggss=dict(held_out=3),
                                     esc50=dict(recordings=1)), workers=0)
     run(folder, 'dvc', 'repro')
     return folder
@@ -119,7 +123,8 @@ def test_wrong_parameters_are_named_and_nothing_is_touched(project):
     change(project, 'pretrain', lr='3e-4', steps=-1)
     try:
         output = run(project, 'dvc', 'repro', 'pretrain@glcm-0', fails=True)
-        assert "pretrain.lr should be a number, not '3e-4' (YAML reads 1e-3 as text" in output and 'pretrain.steps should be 0 or more, not -1' in output
+        assert "pretrain.lr should be a number, not '3e-4' (YAML reads 1e-3 as text" in output
+        assert 'pretrain.steps should be 0 or more, not -1' in output
         assert ran(output) == {'check'} and checkpoint.read_bytes() == bytes_before
     finally:
         (project/'params.yaml').write_text(before)
@@ -137,11 +142,14 @@ def test_names_reach_no_shell_and_leave_no_folder(project, name):
         output = run(project, 'dvc', 'repro', '-s', 'figures', fails=True)
         assert 'study should be a name of letters' in output or name == '..' # which DVC refuses by itself
         matrix = dict(variants=[name], seeds=[0])
-        (project/'params.yaml').write_text(yaml.safe_dump(params | dict(matrix=matrix, variants={name: {}}), sort_keys=False))
+        (project/'params.yaml').write_text(yaml.safe_dump(params | dict(matrix=matrix, variants={name: {}}),
+                                                          sort_keys=False))
         assert 'variant should be a name of letters' in run(project, 'dvc', 'repro', '-s', '-f', 'localize', fails=True)
     finally:
         (project/'params.yaml').write_text(before)
-    assert not list(project.rglob('PWNED')) and (project/'nbs'/'00_core.ipynb').exists() and (project/'results'/'default'/'tables.md').exists()
+    assert not list(project.rglob('PWNED'))
+    assert (project/'nbs'/'00_core.ipynb').exists()
+    assert (project/'results'/'default'/'tables.md').exists()
 
 
 def test_a_study_runs_beside_the_default_run(project):
@@ -151,10 +159,12 @@ def test_a_study_runs_beside_the_default_run(project):
     kept = {name: (project/name).read_bytes() for name in ('params.yaml', 'dvc.yaml', 'dvc.lock')}
     output = run(project, sys.executable, '-m', 'glcm.study', 'more')
     stages = {line.split("'")[1] for line in output.splitlines() if line.startswith('Running stage')}
-    assert {name for name in stages if name.startswith(('gather', 'pretrain', 'localize'))} == {'pretrain@avts-0', 'localize@avts-0'}
+    again = {name for name in stages if name.startswith(('gather', 'pretrain', 'localize'))}
+    assert again == {'pretrain@avts-0', 'localize@avts-0'}
     metrics = pd.read_csv(project/'results'/'more'/'metrics.csv').set_index('variant')
     assert metrics.index.tolist() == ['glcm', 'avts']
-    assert metrics.loc['glcm', ['pointing', 'esc50']].notna().all() and metrics.loc['avts', ['pointing', 'esc50']].isna().all()
+    assert metrics.loc['glcm', ['pointing', 'esc50']].notna().all()
+    assert metrics.loc['avts', ['pointing', 'esc50']].isna().all()
     assert {name: (project/name).read_bytes() for name in kept} == kept
     assert to_run(project) == set()
 

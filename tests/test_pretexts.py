@@ -8,9 +8,11 @@ import os
 import signal
 import textwrap
 from dataclasses import asdict
+from functools import cache
 
 import pytest
 import torch
+from batches import NAMES, noise_batch
 
 import glcm.training.pretrain as training
 from glcm.core import InputError, override, parse, root
@@ -32,7 +34,7 @@ from test_resume import assert_equal_runs, write_clips
 # rows of `variants`, each with another pretext or part of one
 VARIANTS = ['glcm', 'glcm_no_local', 'moco', 'cpc', 'dpc', 'infomax', 'avts', 'avslowfast']
 LATE = 5 # a step at which all that a pretext does is going on
-NAMES = [f'clip {k}' for k in range(8)]
+SMALL = dict(views=dict(crop=32), model=dict(grid=8)) # a step on such pictures costs a third
 
 
 def run_of(variant, **changes):
@@ -42,14 +44,9 @@ def run_of(variant, **changes):
     return parse(RunConfig, run | {name: run[name] | values for name, values in changes.items()}, 'the run')
 
 
-def batch_of(run, dtype=torch.float32):
-    "Eight clips of noise, with all that a pretext may ask for."
-    torch.manual_seed(1)
-    T, side, longest = run.views.frames, run.views.crop, run.views.shift
-    planes = torch.randint(0, 256, (2, 8, T, side*3//2, side), dtype=torch.uint8)
-    mel = torch.randn(2, 8, run.model.bands, run.model.mel_per_step*T, dtype=dtype)
-    second = dict(second_planes=planes[1], second_mel=mel[1], distance=torch.tensor([-7, 9]*4))
-    return second | dict(planes=planes[0], mel=mel[0], shift=torch.randint(-longest, longest + 1, (8,)), clip=NAMES)
+def small_run(variant, **changes):
+    "The same on small pictures, where only equality counts."
+    return run_of(variant, **SMALL, **changes)
 
 
 def share_of(batch, ranks):
@@ -92,9 +89,16 @@ def one_step(run, ranks=ALONE, machine=None, step=LATE, kind=None):
         wrapped = network
     wrapped.eval()
     trained = [p for p in network.parameters() if p.requires_grad]
-    values = training_step(wrapped, torch.optim.SGD(trained, 0.), share_of(batch_of(run, torch.float64), ranks), run, step, ranks)
+    batch = share_of(noise_batch(run, dtype=torch.float64), ranks)
+    values = training_step(wrapped, torch.optim.SGD(trained, 0.), batch, run, step, ranks)
     gradients = {name: p.grad.clone() for name, p in network.named_parameters() if p.grad is not None}
     return dict(values=values, gradients=gradients, state=network.state())
+
+
+@cache
+def whole_step(variant):
+    "A step of one process on the whole batch, which the others are compared with."
+    return one_step(small_run(variant))
 
 
 def assert_same_step(found, expected):
@@ -113,8 +117,7 @@ def machine_with(**changes):
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_a_step_trains_what_the_pretext_names(variant):
-    run = run_of(variant)
-    step = one_step(run)
+    run, step = small_run(variant), whole_step(variant)
     assert list(step['values']) == [*run.columns, 'stop']
     assert all(math.isfinite(step['values'][name]) for name in run.columns)
     network = new_network(run)
@@ -128,23 +131,22 @@ def test_a_step_trains_what_the_pretext_names(variant):
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_the_named_parts_are_the_loss(variant):
     "Weighted by one, or as the paper's local loss."
-    run = run_of(variant)
-    values = one_step(run)['values']
+    run, values = small_run(variant), whole_step(variant)['values']
     assert values['loss'] == pytest.approx(sum(values[name] for name in run.pretext.losses), rel=1e-12)
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_parts_of_a_batch_are_the_batch(variant):
-    whole, in_parts = (one_step(run_of(variant, pretrain=dict(accumulate=count))) for count in (1, 4))
-    assert_same_step(in_parts, whole)
+    in_parts = one_step(small_run(variant, pretrain=dict(accumulate=4)))
+    assert_same_step(in_parts, whole_step(variant))
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_batch_norm_counts_a_step_once(variant):
     "Each part of the batch once, although it is computed twice; what the pretext does not train, not at all."
-    network = new_network(run_of(variant, pretrain=dict(accumulate=2))).train()
+    network = new_network(small_run(variant, pretrain=dict(accumulate=2))).train()
     trained = [p for p in network.parameters() if p.requires_grad]
-    training_step(network, torch.optim.SGD(trained, 0.), batch_of(network.run), network.run, LATE)
+    training_step(network, torch.optim.SGD(trained, 0.), noise_batch(network.run), network.run, LATE)
     for name in ('global', 'local', 'audio'):
         counts = {int(value) for key, value in network.model.part(name).named_buffers() if key.endswith('tracked')}
         assert counts == ({2} if name in network.run.trained else {0}), name
@@ -153,8 +155,8 @@ def test_batch_norm_counts_a_step_once(variant):
 @pytest.mark.parametrize('how', ['recompute', pytest.param('compile', marks=pytest.mark.slow)])
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_gradients_stay_when_recomputed_or_compiled(variant, how):
-    run = run_of(variant)
-    assert_same_step(one_step(run, machine=machine_with(**{how: True})), one_step(run))
+    run = small_run(variant)
+    assert_same_step(one_step(run, machine=machine_with(**{how: True})), whole_step(variant))
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
@@ -164,7 +166,8 @@ def test_bfloat16_is_near(variant):
     for precision in ('float32', 'bfloat16'):
         network = new_network(run_of(variant, pretrain=dict(precision=precision))).eval()
         trained = [p for p in network.parameters() if p.requires_grad]
-        values[precision] = training_step(network, torch.optim.SGD(trained, 0.), batch_of(network.run), network.run, LATE)
+        values[precision] = training_step(network, torch.optim.SGD(trained, 0.), noise_batch(network.run),
+                                          network.run, LATE)
     assert values['bfloat16'] == pytest.approx(values['float32'], rel=0.05, abs=0.02)
 
 
@@ -172,11 +175,12 @@ def test_bfloat16_is_near(variant):
 def test_draws_belong_to_clips(variant):
     "What a step draws for a clip does not depend on the clips beside it, and so not on the number of ranks."
     network = new_network(run_of(variant)).eval()
-    views, order = prepare_views(batch_of(network.run)), torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
+    views, order = prepare_views(noise_batch(network.run)), torch.tensor([3, 1, 7, 0, 2, 6, 5, 4])
     for step in range(LATE, LATE + 4):
         torch.manual_seed(step)
         straight = network.before_step(views, NAMES, step, ALONE)
-        mixed = network.before_step({name: view[order] for name, view in views.items()}, [NAMES[k] for k in order], step, ALONE)
+        mixed = network.before_step({name: view[order] for name, view in views.items()},
+                                    [NAMES[k] for k in order], step, ALONE)
         for name, tensor in straight.items():
             torch.testing.assert_close(mixed[name], tensor[order], msg=name)
 
@@ -186,14 +190,14 @@ STEP = textwrap.dedent('''
     import sys
     import torch
     from glcm.distributed import process_group
-    from test_pretexts import VARIANTS, Stateful, machine_with, one_step, run_of
+    from test_pretexts import VARIANTS, Stateful, machine_with, one_step, small_run
     with process_group() as ranks:
         result = {}
         for accumulate in (1, 2):
             for variant in VARIANTS:
-                run = run_of(variant, pretrain=dict(accumulate=accumulate))
+                run = small_run(variant, pretrain=dict(accumulate=accumulate))
                 result[variant, accumulate] = one_step(run, ranks, machine_with())
-        result['stateful'] = one_step(run_of('avts'), ranks, machine_with(), kind=Stateful)
+        result['stateful'] = one_step(small_run('avts'), ranks, machine_with(), kind=Stateful)
         if ranks.rank == 0:
             torch.save(result, sys.argv[1])
 ''')
@@ -214,12 +218,12 @@ def over_ranks(request, tmp_path_factory):
 @pytest.mark.parametrize('accumulate', [1, 2])
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_a_step_over_ranks_is_that_of_one_process(over_ranks, variant, accumulate):
-    assert_same_step(over_ranks[variant, accumulate], one_step(run_of(variant)))
+    assert_same_step(over_ranks[variant, accumulate], whole_step(variant))
 
 
 def test_state_over_ranks_is_that_of_one_process(over_ranks):
     "The queue too has the clips in the order of the batch."
-    expected = one_step(run_of('avts'), kind=Stateful)
+    expected = one_step(small_run('avts'), kind=Stateful)
     assert expected['state']['queue'][-8:].any(dim=1).all() and not expected['state']['queue'][:8].any()
     assert_same_step(over_ranks['stateful'], expected)
 
@@ -228,7 +232,7 @@ def test_state_over_ranks_is_that_of_one_process(over_ranks):
 def test_state_changes_once_a_step(accumulate, tmp_path):
     "In a batch of several parts as well; and a resumed run has it again."
     run = run_of('avts', pretrain=dict(accumulate=accumulate, lr=1e-12)) # weights stay as they are
-    network, batch = new_network(run, Stateful).eval(), batch_of(run)
+    network, batch = new_network(run, Stateful).eval(), noise_batch(run)
     torch.nn.init.zeros_(network.follower.weight)
     trained = [p for p in network.parameters() if p.requires_grad]
     optimizer = torch.optim.SGD(trained, 0.)
@@ -243,7 +247,8 @@ def test_state_changes_once_a_step(accumulate, tmp_path):
     row = dict.fromkeys(run.columns, 0.)
     Resume(tmp_path, run, 'no data').save([row], network, optimizer)
     restored = new_network(run, Stateful)
-    Resume(tmp_path, run, 'no data').restore(restored, torch.optim.SGD([p for p in restored.parameters() if p.requires_grad], 0.))
+    trained = [p for p in restored.parameters() if p.requires_grad]
+    Resume(tmp_path, run, 'no data').restore(restored, torch.optim.SGD(trained, 0.))
     assert restored.state().keys() == network.state().keys()
     assert all(torch.equal(tensor, network.state()[name]) for name, tensor in restored.state().items())
     assert not set(network.state()) & set(saved_state(tmp_path)['model'])
@@ -258,7 +263,7 @@ def clips(tmp_path_factory):
 
 def tiny_train(folder, variant, out, resume='resume', **changes):
     "A run of six steps on the clips of `folder`, a checkpoint after each step."
-    run = run_of(variant, pretrain=dict(batch=3) | changes)
+    run = small_run(variant, pretrain=dict(batch=3) | changes)
     return train(run, machine_with(checkpoint_minutes=0.0), folder/'clips', folder/out, folder/f'{resume}-{variant}')
 
 
@@ -318,7 +323,7 @@ def test_untrained_parts_are_refused(clips, variant):
         else:
             with pytest.raises(InputError, match='of the network, and pretraining has trained'):
                 Features(model, run, config)
-    views = prepare_views({name: values[:1] for name, values in batch_of(run).items()})
+    views = prepare_views({name: values[:1] for name, values in noise_batch(run).items()})
     for function, needed in ((attention_heatmap, {'global', 'audio', 'projections'}), (local_embeddings, set(PARTS))):
         if not needed <= set(model.trained):
             with pytest.raises(InputError, match='of the network, and pretraining has trained'):
@@ -416,8 +421,9 @@ def test_avts_needs_another_clip_and_no_shift():
 def test_a_tiny_run_learns(variant, chance):
     """Eight clips by heart: below the least loss of a network that cannot tell a positive from a negative.
     In DPC it can tell cells of a clip by padding, and chance is that of clips."""
-    network = new_network(run_of(variant, pretrain=dict(steps=60, lr=0.003, schedule='constant', warmup_steps=5))).train()
+    run = run_of(variant, pretrain=dict(steps=60, lr=0.003, schedule='constant', warmup_steps=5))
+    network = new_network(run).train()
     trained = [p for p in network.parameters() if p.requires_grad]
-    optimizer, batch = torch.optim.AdamW(trained), batch_of(network.run)
+    optimizer, batch = torch.optim.AdamW(trained), noise_batch(network.run)
     losses = [training_step(network, optimizer, batch, network.run, step)['loss'] for step in range(60)]
     assert losses[0] > chance and max(losses[-5:]) < 0.8*chance

@@ -13,7 +13,8 @@ from glcm.pretexts.avslowfast import LAYERS, AVSlowFastOutputs, turn_clips
 from glcm.pretexts.avts import AVTSOutputs, half_length
 from glcm.pretexts.pretext import prepare_views
 from glcm.training.step import training_step
-from test_pretexts import LATE, NAMES, batch_of, new_network, run_of, slow_avts
+from batches import NAMES, noise_batch
+from test_pretexts import LATE, new_network, run_of, slow_avts
 
 # Rotation
 
@@ -129,7 +130,7 @@ def test_silence_keeps_a_clip_out_of_the_sound_but_not_of_the_rotation():
 def seen():
     "A network with frozen batch norm, and its views of eight clips."
     network = new_network(run_of('avslowfast')).eval()
-    return network, network.before_step(prepare_views(batch_of(network.run)), NAMES, LATE, ALONE)
+    return network, network.before_step(prepare_views(noise_batch(network.run)), NAMES, LATE, ALONE)
 
 
 def gradients_of(network, loss):
@@ -180,7 +181,7 @@ def test_both_pathways_see_the_turned_clip_and_the_slow_one_few_frames(seen):
         hook.remove()
     stride = network.run.views.frames//network.run.model.global_frames
     assert torch.equal(seen_by['global'], seen_by['local'][:, :, ::stride])
-    upright = prepare_views(batch_of(network.run))['video']
+    upright = prepare_views(noise_batch(network.run))['video']
     turns = views['turns'].tolist()
     assert len(set(turns)) > 1 and torch.equal(views['video'], turn_clips(upright, turns))
 
@@ -197,7 +198,7 @@ def test_a_clip_does_not_depend_on_others(seen):
 
 def test_turns_are_even_and_know_nothing_of_the_negatives(seen):
     network, _ = seen
-    views = prepare_views(batch_of(network.run))
+    views = prepare_views(noise_batch(network.run))
     views['video'] = views['video'][:, :, :1, :2, :2] # what is drawn does not depend on the pictures
     counts = np.zeros((2, 4))
     for step in range(network.run.pretrain.steps, network.run.pretrain.steps + 500):
@@ -210,7 +211,7 @@ def test_turns_are_even_and_know_nothing_of_the_negatives(seen):
 
 def test_negatives_are_those_of_avts():
     "The same clips have hard ones, so that rows of the ablation differ in what they say only."
-    views = prepare_views(batch_of(run_of('avts')))
+    views = prepare_views(noise_batch(run_of('avts')))
     avts, avslowfast = new_network(run_of('avts')), new_network(run_of('avslowfast'))
     for step in range(LATE, LATE + 10):
         drawn = [network.before_step(views, NAMES, step, ALONE)['hard'] for network in (avts, avslowfast)]
@@ -223,7 +224,7 @@ def test_negatives_are_those_of_avts():
 def test_heads_fit_the_encoders(encoders):
     run = run_of('avslowfast', model=dict(encoders=encoders))
     network = run.pretext.network(GLCM(run.model), run).eval()
-    views = network.before_step(prepare_views(batch_of(run)), NAMES, 0, ALONE)
+    views = network.before_step(prepare_views(noise_batch(run)), NAMES, 0, ALONE)
     with torch.no_grad():
         sizes = [tuple(z.shape) for z in network(views)]
     assert sizes == [(8, 3, 64)]*3 + [(8, 4)]
@@ -246,7 +247,7 @@ def mean_rotation_loss(slope, steps=24):
     schedule = dict(steps=steps, lr=0.003, schedule='constant', warmup_steps=0)
     network = new_network(run_of('avslowfast', pretrain=schedule)).train()
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad])
-    batch, side, losses = batch_of(network.run), network.run.views.crop, []
+    batch, side, losses = noise_batch(network.run), network.run.views.crop, []
     light = slope*torch.linspace(1, -1, side)[:, None]
     for step in range(steps):
         planes = torch.full_like(batch['planes'], 128)

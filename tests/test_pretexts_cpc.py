@@ -14,7 +14,8 @@ from glcm.losses import ALONE
 from glcm.model import GLCM
 from glcm.pretexts.blocks import cut_blocks, encode_blocks, prediction_losses
 from glcm.pretexts.cpc import CPCOutputs, prediction_pairs
-from test_pretexts import batch_of, new_network, run_of
+from batches import noise_batch
+from test_pretexts import new_network, run_of
 
 PAPER = dict(views=dict(frames=32, crop=112), model=dict(global_frames=8, local_stride=32), pretext=dict(predicted=3))
 
@@ -240,7 +241,7 @@ def test_blocks_that_do_not_fit_are_refused(variant, values, message):
 def test_values_of_the_paper_fit():
     run = run_of('cpc', **PAPER)
     network = new_network(run).eval()
-    batch = batch_of(run)
+    batch = noise_batch(run)
     video, _ = prepare_inputs(batch['planes'][:2], None)
     with torch.no_grad():
         outputs = network(dict(video=video))

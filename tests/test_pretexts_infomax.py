@@ -14,7 +14,8 @@ from glcm.model import GLCM
 from glcm.pretexts.infomax import (InfoMaxOutputs, ResidualMLP, cell_losses, cell_scores, infomax_losses, soft_clip,
                                    spread_cells, take_cells)
 from glcm.pretexts.pretext import prepare_views
-from test_pretexts import LATE, NAMES, batch_of, new_network, run_of
+from batches import NAMES, noise_batch
+from test_pretexts import LATE, new_network, run_of
 
 
 def random_scores(clips=5, cells=4):
@@ -71,16 +72,31 @@ def example(clips=6, cells=5, size=7):
     return outputs, dict(antecedents=torch.rand(clips, 2, generator=g))
 
 
+def slow_score(antecedent, cell):
+    "The score of a clip's vector and a cell, two lists of numbers: their product over the root of their length."
+    product = 0.
+    for x, y in zip(antecedent, cell):
+        product += x*y
+    return product/math.sqrt(len(antecedent))
+
+
 def slow_term(antecedents, cells, largest):
     "Loss and mean squared score of one kind and one direction, cell by cell, in Python's numbers."
-    antecedents, cells = antecedents.tolist(), cells.tolist()
+    cells = cells.tolist()
     losses, squares = [], []
-    for b, a in enumerate(antecedents):
-        raw = [[sum(x*y for x, y in zip(a, c))/math.sqrt(len(a)) for c in clip] for clip in cells]
-        squares += [s**2 for clip in raw for s in clip]
-        s = [[largest*math.tanh(x/largest) for x in clip] for clip in raw]
-        negatives = sum(math.exp(x) for other, clip in enumerate(s) if other != b for x in clip)
-        losses += [-math.log(math.exp(x)/(math.exp(x) + negatives)) for x in s[b]]
+    for b, antecedent in enumerate(antecedents.tolist()):
+        positives, negatives = [], 0.
+        for other, clip in enumerate(cells):
+            for cell in clip:
+                score = slow_score(antecedent, cell)
+                squares.append(score**2)
+                likelihood = math.exp(largest*math.tanh(score/largest))
+                if other == b:
+                    positives.append(likelihood)
+                else:
+                    negatives += likelihood
+        for positive in positives:
+            losses.append(-math.log(positive/(positive + negatives)))
     return sum(losses)/len(losses), sum(squares)/len(squares)
 
 
@@ -193,7 +209,7 @@ def test_taken_cells_are_those_of_the_clip():
 def seen():
     "A network with frozen batch norm, and its views of eight clips."
     network = new_network(run_of('infomax')).eval()
-    views = network.before_step(prepare_views(batch_of(network.run)), NAMES, LATE, ALONE)
+    views = network.before_step(prepare_views(noise_batch(network.run)), NAMES, LATE, ALONE)
     with torch.no_grad():
         return network, views, network(views)
 
@@ -277,7 +293,7 @@ def test_both_sequences_start_together_and_are_cropped_apart(what, least, most):
 def test_heads_fit_the_encoders(encoders):
     run = run_of('infomax', model=dict(encoders=encoders))
     network = run.pretext.network(GLCM(run.model), run).eval()
-    views = network.before_step(prepare_views(batch_of(run)), NAMES, 0, ALONE)
+    views = network.before_step(prepare_views(noise_batch(run)), NAMES, 0, ALONE)
     sizes = [tuple(z.shape) for z in outputs_with(network, views)]
     assert sizes == [(8, 512), (8, 32, 512), (8, 32, 512)]*2
 
@@ -285,7 +301,7 @@ def test_heads_fit_the_encoders(encoders):
 def test_small_maps_are_taken_whole():
     run = run_of('infomax', pretext=dict(cells=1000), model=dict(global_stride=32, local_stride=32))
     network = run.pretext.network(GLCM(run.model), run).eval()
-    views = network.before_step(prepare_views(batch_of(run)), NAMES, 0, ALONE)
+    views = network.before_step(prepare_views(noise_batch(run)), NAMES, 0, ALONE)
     outputs = outputs_with(network, views)
     assert [z.shape[1] for z in (outputs.local_layer4, outputs.global_layer4)] == [16*2*2, 1*2*2]
     assert math.isfinite(network.loss(outputs, views)['loss'])
@@ -293,7 +309,7 @@ def test_small_maps_are_taken_whole():
 
 def test_one_clip_in_a_part_is_refused():
     network = new_network(run_of('infomax', pretrain=dict(accumulate=8))).train()
-    views = network.before_step(prepare_views(batch_of(network.run)), NAMES, 0, ALONE)
+    views = network.before_step(prepare_views(noise_batch(network.run)), NAMES, 0, ALONE)
     with pytest.raises(InputError, match='two clips in each part of a batch.*lower pretrain.accumulate'):
         network({name: view[:1] for name, view in views.items()})
 

@@ -14,7 +14,8 @@ from glcm.pretexts.moco import follow, key_groups, queue_loss, shuffled
 from glcm.pretexts.pretext import prepare_views
 from glcm.training.config import run_config
 from glcm.training.step import training_step
-from test_pretexts import NAMES, batch_of, new_network, run_of, share_of
+from batches import NAMES, noise_batch
+from test_pretexts import new_network, run_of, share_of
 
 SMALL = dict(frames=4, crop=32, shift=0)
 
@@ -25,7 +26,7 @@ def small_run(pretext=None, **changes):
 
 
 def views_of(run, dtype=torch.float32):
-    return prepare_views(batch_of(run, dtype))
+    return prepare_views(noise_batch(run, dtype=dtype))
 
 
 def optimizer_of(network, lr=0.):
@@ -43,12 +44,18 @@ def unit_rows(rows, columns, seed):
 
 @pytest.mark.parametrize('K, temperature', [(1, 1.0), (7, 0.1), (256, 0.07), (4096, 0.07)])
 def test_closed_forms(K, temperature):
-    x, y = torch.eye(8, dtype=torch.float64)[:2]
-    def loss(key, negative):
-        return queue_loss(x.expand(3, -1), key.expand(3, -1), negative.expand(K, -1), temperature).item()
-    assert loss(x, x) == pytest.approx(math.log(K + 1), rel=1e-12) # all scores are equal
-    assert loss(x, y) == pytest.approx(math.log1p(K*math.exp(-1/temperature)), rel=1e-9)
-    assert loss(y, x) == pytest.approx(math.log1p(K*math.exp(1/temperature)), rel=1e-12)
+    "Three clips of one query: its own key and all of the queue are the query, or at right angles to it."
+    same, other = torch.eye(8, dtype=torch.float64)[:2]
+
+    def loss(key, waiting):
+        return queue_loss(same.expand(3, -1), key.expand(3, -1), waiting.expand(K, -1), temperature).item()
+
+    all_scores_equal = math.log(K + 1)
+    assert loss(same, same) == pytest.approx(all_scores_equal, rel=1e-12)
+    only_the_key_fits = math.log1p(K*math.exp(-1/temperature))
+    assert loss(same, other) == pytest.approx(only_the_key_fits, rel=1e-9)
+    only_the_queue_fits = math.log1p(K*math.exp(1/temperature))
+    assert loss(other, same) == pytest.approx(only_the_queue_fits, rel=1e-12)
 
 
 def slow_loss(query, key, queue, temperature):
@@ -109,7 +116,7 @@ def test_keys_are_made_by_weights_that_have_followed():
 def test_only_queries_learn():
     network = new_network(small_run()).train()
     before = {name: p.clone() for name, p in network.named_parameters()}
-    training_step(network, optimizer_of(network), batch_of(network.run), network.run, 0)
+    training_step(network, optimizer_of(network), noise_batch(network.run), network.run, 0)
     for name, p in network.named_parameters():
         learns = name.startswith(('model.local_encoder.', 'head.'))
         assert (p.grad is not None) == learns, name
@@ -140,7 +147,7 @@ def test_the_queue_holds_the_last_keys_in_order(accumulate, monkeypatch):
         return views
     monkeypatch.setattr(network, 'before_step', spy)
     for step in range(4):
-        training_step(network, optimizer, batch_of(network.run), network.run, step)
+        training_step(network, optimizer, noise_batch(network.run), network.run, step)
         assert torch.equal(network.queue, torch.cat(seen)[-20:])
     torch.testing.assert_close(network.queue.norm(dim=1), torch.ones(20))
     counts = {int(buffer) for name, buffer in network.key_encoder.named_buffers() if name.endswith('tracked')}
@@ -153,7 +160,7 @@ def test_a_clip_is_compared_with_the_queue_before_its_own_keys_are_in_it():
     queue = network.queue.clone()
     views = views_of(run, torch.float64)
     query = network(views).query.detach()
-    values = training_step(network, optimizer_of(network), batch_of(run, torch.float64), run, 0)
+    values = training_step(network, optimizer_of(network), noise_batch(run, dtype=torch.float64), run, 0)
     key = network.queue # all eight of them are new
     assert values['loss'] == pytest.approx(slow_loss(query, key, queue, 1.0)[0], rel=1e-9)
 
@@ -215,7 +222,7 @@ KEYS = textwrap.dedent('''
 def keys_and_queue(ranks):
     "Of this rank's share of eight clips, in float64, after two steps."
     network = new_network(small_run(dict(queue=20))).double().train()
-    batch = share_of(batch_of(network.run, torch.float64), ranks)
+    batch = share_of(noise_batch(network.run, dtype=torch.float64), ranks)
     views, keys = prepare_views(batch), []
     with torch.no_grad():
         for step in range(2):
@@ -268,7 +275,7 @@ def patterned_batches(run):
     "Three batches of clips; both views of a clip are its pattern of colours, with noise of their own."
     g = torch.Generator().manual_seed(0)
     for _ in range(3):
-        batch = batch_of(run)
+        batch = noise_batch(run)
         pattern = torch.randint(0, 192, (8, 1, 6, 4), generator=g).repeat_interleave(8, 2).repeat_interleave(8, 3)
         for name in ('planes', 'second_planes'):
             noise = torch.randint(0, 64, batch[name].shape, generator=g)

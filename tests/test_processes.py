@@ -42,7 +42,8 @@ def films(tmp_path_factory):
     folder, rng = tmp_path_factory.mktemp('data')/'films', np.random.default_rng(0)
     folder.mkdir()
     for name in 'ab':
-        write_video(folder/f'{name}.mp4', rng.integers(0, 255, (30, 64, 64, 3), np.uint8), rng.normal(size=72000).astype(np.float32)*0.1)
+        write_video(folder/f'{name}.mp4', rng.integers(0, 255, (30, 64, 64, 3), np.uint8),
+                    rng.normal(size=72000).astype(np.float32)*0.1)
     return folder
 
 
@@ -64,7 +65,8 @@ def hold():
     "Start another process that holds an output."
     started = []
     def start(output, *how):
-        started.append(subprocess.Popen([sys.executable, '-c', HOLD, str(output), *how], env=ENVIRONMENT, stdout=subprocess.PIPE, text=True))
+        started.append(subprocess.Popen([sys.executable, '-c', HOLD, str(output), *how], env=ENVIRONMENT,
+                                        stdout=subprocess.PIPE, text=True))
         assert started[-1].stdout.readline() == 'held\n'
         return started[-1]
     yield start
@@ -77,7 +79,8 @@ def test_second_run_says_which_is_the_first(films, tmp_path, hold, monkeypatch):
     first, out = hold(tmp_path/'out'), tmp_path/'out'
     params = tiny_params()
     config, machine = run_config(params, 'glcm', 0), parse(MachineConfig, params['machine'], 'machine')
-    going_on = rf'a run is going on in {out} \(process {first.pid} on {socket.gethostname()}, since 2.*: wait for it or end it'
+    holder = rf'process {first.pid} on {socket.gethostname()}, since 2'
+    going_on = rf'a run is going on in {out} \({holder}.*: wait for it or end it'
     for second in (lambda: make(films, out),
                    lambda: train(config, machine, tmp_path/'clips', out, tmp_path/'resume'),
                    lambda: train(config, machine, tmp_path/'clips', tmp_path/'other', out),
@@ -141,7 +144,8 @@ except t.InputError as e: print(f'\nsaid: {e}')
 
 
 def test_full_disk_is_one_sentence_and_nothing_half_written(films, tmp_path):
-    ran = subprocess.run([sys.executable, '-c', FULL, str(films), str(tmp_path/'out')], env=ENVIRONMENT, capture_output=True, text=True)
+    ran = subprocess.run([sys.executable, '-c', FULL, str(films), str(tmp_path/'out')], env=ENVIRONMENT,
+                         capture_output=True, text=True)
     lines = [line.removeprefix('said: ') for line in ran.stdout.splitlines() if line.startswith('said: ')]
     assert ran.returncode == 0, ran.stderr
     assert [line.partition(' cannot be written: File too large. Make room on that disk')[0] for line in lines] == \
@@ -154,9 +158,13 @@ def test_full_disk_is_one_sentence_and_nothing_half_written(films, tmp_path):
 def test_disks_that_cannot_be_written_are_named(films, tmp_path, monkeypatch, number):
     def write_shard(path, clips): raise OSError(number, os.strerror(number), str(path))
     monkeypatch.setattr(preprocessing, 'write_shard', write_shard)
-    with pytest.raises(InputError, match=f'{tmp_path}/out .* cannot be written: {os.strerror(number)}. .* what was finished is kept'):
+    reason = os.strerror(number)
+    message = f'{tmp_path}/out .* cannot be written: {reason}. .* what was finished is kept'
+    with pytest.raises(InputError, match=message):
         make(films, tmp_path/'out')
-    assert not (tmp_path/'out').exists() and not list(tmp_path.rglob('*.partial')) and not list(tmp_path.rglob('*.lock'))
+    assert not (tmp_path/'out').exists()
+    assert not list(tmp_path.rglob('*.partial'))
+    assert not list(tmp_path.rglob('*.lock'))
 
 
 STAGE = '''
@@ -185,7 +193,8 @@ def settings(): return Settings(CLIP, AUDIO, STORE, 16, False)
 
 def descendants(pid):
     "Processes that a process has started, and those that they have."
-    rows = [line.split() for line in subprocess.run(['ps', '-eo', 'pid=,ppid='], capture_output=True, text=True).stdout.splitlines()]
+    listed = subprocess.run(['ps', '-eo', 'pid=,ppid='], capture_output=True, text=True).stdout
+    rows = [line.split() for line in listed.splitlines()]
     found = [pid]
     for parent in found:
         found += [int(child) for child, of in rows if int(of) == parent]
@@ -245,7 +254,8 @@ def test_stage_ends_with_dvc_and_not_with_a_shell(tmp_path):
         ''')
         (tmp_path/'began').unlink(missing_ok=True)
         stage_of(tmp_path, f'open("{tmp_path}/began", "w"); import time; time.sleep(600)').kill() # for its notebook
-        command = [sys.executable, '-c', shell, sys.executable, '-m', 'glcm.stage', str(tmp_path/'stage.ipynb'), str(tmp_path/'ran.ipynb')]
+        command = [sys.executable, '-c', shell, sys.executable, '-m', 'glcm.stage',
+                   str(tmp_path/'stage.ipynb'), str(tmp_path/'ran.ipynb')]
         parent = subprocess.Popen(command, env=ENVIRONMENT | environment, stdout=subprocess.PIPE, text=True)
         stage = int(parent.stdout.readline())
         wait_until((tmp_path/'began').exists)

@@ -23,7 +23,7 @@ def run(instructions, *arguments):
 @pytest.mark.parametrize('network', ['default', 'paper'])
 @pytest.mark.parametrize('instructions', INSTRUCTIONS)
 def test_each_convolution_in_bfloat16(instructions, network):
-    "Forward and both gradients differ from float32 by no more than rounding to 8 bits does; a crash names its convolution."
+    "Forward and both gradients differ from float32 by no more than rounding to 8 bits; a crash names its convolution."
     done = run(instructions, 'tests/convolutions.py', network)
     lines = done.stdout.splitlines()
     assert done.returncode == 0, f'{lines[-1:]} ends with {done.returncode}: {done.stderr[-500:]}'

@@ -21,7 +21,8 @@ def test_tables_are_made_from_results(tmp_path):
     assert copy.read_text() == README
 
 
-@pytest.mark.skipif(not (ROOT/'results'/'seeds').exists(), reason='the seeds study was not run yet (make repro STUDY=seeds)')
+@pytest.mark.skipif(not (ROOT/'results'/'seeds').exists(),
+                    reason='the seeds study was not run yet (make repro STUDY=seeds)')
 def test_seeds_study_has_three_seeds_and_finds_what_sounds():
     metrics = pd.read_csv(ROOT/'results'/'seeds'/'metrics.csv')
     baselines = pd.read_csv(ROOT/'results'/'seeds'/'baselines.csv')

@@ -1,8 +1,8 @@
 """The preset `released` computes at the paper's width what the authors' released code computes.
 
-released.json holds what that code computed: repository yunyikristy/global_local, commit 75c3c89, `GlobalLocal` of model.py
-with no line changed, in float64 on a CPU, in training mode. Weights and clips were those made here by formulas that any
-machine evaluates alike, with the names of parameters mapped by `THEIRS`. Two things were put in from outside, the same
+released.json holds what that code computed: repository yunyikristy/global_local, commit 75c3c89, `GlobalLocal` of
+model.py with no line changed, in float64 on a CPU, in training mode. Weights and clips were those made here by formulas
+that any machine evaluates alike, with the names of parameters mapped by `THEIRS`. Two things were put in from outside, the same
 on both sides. Its audio encoder is another one (LeakyReLU, biases, no pooling, no stride): features of 96 slices take
 the place of both. Its normalisation of frames has a slip of precedence: it was given ours. Compared are the two visual
 encoders, the four projections, the attention, both losses, and the gradient of their sum for each parameter. Attention
@@ -30,13 +30,20 @@ ENCODERS = 'global_encoder', 'local_encoder'
 EMBEDDINGS = 'audio_global', 'video_global', 'attention', 'audio_local', 'video_local'
 
 
+def mixed(x, shift, factor=1):
+    "A step of SplitMix64: the upper bits of whole numbers are laid over the lower ones, and all are multiplied."
+    return (x ^ (x >> np.uint64(shift)))*np.uint64(factor)
+
+
 def uniform(shape, seed):
     "Numbers in -1..1 by SplitMix64: whole numbers only, so the same on every machine and in every version."
-    x = np.arange(1, np.prod(shape) + 1, dtype=np.uint64)*np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed << 32)
-    x = (x ^ (x >> np.uint64(30)))*np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27)))*np.uint64(0x94D049BB133111EB)
-    x = x ^ (x >> np.uint64(31))
-    return torch.from_numpy((x >> np.uint64(11)).astype(np.float64)/2**52 - 1).view(shape)
+    counter = np.arange(1, np.prod(shape) + 1, dtype=np.uint64)
+    x = counter*np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed << 32)
+    x = mixed(x, 30, 0xBF58476D1CE4E5B9)
+    x = mixed(x, 27, 0x94D049BB133111EB)
+    x = mixed(x, 31)
+    upper_bits = (x >> np.uint64(11)).astype(np.float64) # 53 of 64: as many as a float holds
+    return torch.from_numpy(upper_bits/2**52 - 1).view(shape)
 
 
 def weight(name, shape):

@@ -99,9 +99,11 @@ def test_compiled_run_learns_the_same(unbroken):
     params = tiny_params()
     machine = parse(MachineConfig, params['machine'] | dict(compile=True), 'machine')
     config = run_config(override(params, dict(pretrain=dict(precision='float32')), 'the test'), 'glcm', 0)
-    runs = [train(config, replace(machine, compile=compiled), unbroken/'clips', unbroken/f'compiled-{compiled}', unbroken/'resume-compiled')
+    runs = [train(config, replace(machine, compile=compiled), unbroken/'clips',
+                  unbroken/f'compiled-{compiled}', unbroken/'resume-compiled')
             for compiled in (True, False)]
     assert runs[0].loss[0] == pytest.approx(runs[1].loss[0], rel=1e-5)
-    assert runs[0].loss.tolist() == pytest.approx(runs[1].loss.tolist(), rel=1e-2) # Adam makes whole steps of rounding errors
+    # Adam makes whole steps of rounding errors
+    assert runs[0].loss.tolist() == pytest.approx(runs[1].loss.tolist(), rel=1e-2)
     model, config = load_model(unbroken/'compiled-True'/'checkpoint.pt')
     assert not any('_orig_mod' in name for name in model.state_dict())

@@ -107,10 +107,12 @@ def test_encoders_that_a_pretext_did_not_train_are_no_features(tmp_path):
     upstream = UpstreamExpert(write_checkpoint(tmp_path, 'moco'))
     audio, video = torch.randn(SAMPLE_RATE), torch.randint(0, 256, (16, 1, 80, 100))
     features = upstream([(upstream.preprocess_audio(audio, SAMPLE_RATE), upstream.preprocess_video(video, 10))])
-    assert {name: len(layers) for name, layers in features.items()} == dict(video_feats=4, audio_feats=0, fusion_feats=0)
+    counts = {name: len(layers) for name, layers in features.items()}
+    assert counts == dict(video_feats=4, audio_feats=0, fusion_feats=0)
 
 
-@pytest.mark.parametrize('count, rate, wanted', [(50, 25, 10), (48, 16, 10), (30, 29.97, 10), (20, 10, 25), (1, 30, 10)])
+@pytest.mark.parametrize('count, rate, wanted',
+                         [(50, 25, 10), (48, 16, 10), (30, 29.97, 10), (20, 10, 25), (1, 30, 10)])
 def test_a_frame_is_the_one_that_is_shown_at_its_time(count, rate, wanted):
     "The last frame that has begun by then."
     for k, number in enumerate(frames_at(count, rate, wanted).tolist()):

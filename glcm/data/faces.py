@@ -23,11 +23,12 @@ from .damage import Rejection
 
 # %% ../../nbs/20_data.faces.ipynb #005
 MEAN_FACE = np.array([ # (68, 2) x to the right, y down, in sides of the detector's square
-    29, 322, 33, 446, 46, 570, 72, 692, 120, 805, 195, 903, 286, 985, 386, 1050, 500, 1070, 614, 1050, 714, 985, 805, 903,
-    880, 805, 928, 692, 954, 570, 967, 446, 971, 322, 119, 231, 178, 178, 260, 163, 345, 175, 425, 208, 575, 208, 655, 175,
-    740, 163, 823, 178, 881, 231, 500, 306, 500, 386, 500, 465, 500, 547, 405, 602, 450, 619, 500, 634, 550, 619, 596, 602,
-    214, 316, 265, 286, 326, 287, 379, 328, 322, 338, 261, 337, 621, 328, 674, 287, 735, 286, 786, 316, 739, 337, 678, 338,
-    317, 751, 384, 724, 453, 710, 500, 722, 547, 710, 616, 724, 683, 751, 618, 817, 552, 846, 500, 852, 448, 846, 382, 817,
+    29, 322, 33, 446, 46, 570, 72, 692, 120, 805, 195, 903, 286, 985, 386, 1050, 500, 1070, 614, 1050,
+    714, 985, 805, 903, 880, 805, 928, 692, 954, 570, 967, 446, 971, 322, 119, 231, 178, 178, 260, 163,
+    345, 175, 425, 208, 575, 208, 655, 175, 740, 163, 823, 178, 881, 231, 500, 306, 500, 386, 500, 465,
+    500, 547, 405, 602, 450, 619, 500, 634, 550, 619, 596, 602, 214, 316, 265, 286, 326, 287, 379, 328,
+    322, 338, 261, 337, 621, 328, 674, 287, 735, 286, 786, 316, 739, 337, 678, 338, 317, 751, 384, 724,
+    453, 710, 500, 722, 547, 710, 616, 724, 683, 751, 618, 817, 552, 846, 500, 852, 448, 846, 382, 817,
     345, 755, 452, 750, 500, 755, 548, 750, 655, 755, 549, 786, 500, 792, 451, 786]).reshape(68, 2)/1000
 EYES_AND_NOSE = [36, 45, 30]  # outer eye corners, nose tip: what is aligned
 LIP_CORNERS = [48, 54]
@@ -292,7 +293,7 @@ def _faces_seen(
 # %% ../../nbs/20_data.faces.ipynb #0271
 def landmarks(
     frames: np.ndarray, # (T, h, w, 3) uint8 RGB
-    waveform: np.ndarray | None = None, # (n,) float mono, beginning with the first frame; None: the largest face is taken
+    waveform: np.ndarray | None = None, # (n,) float mono, from the first frame on; None: the largest face is taken
     sample_rate: int | None = None, # samples per second of `waveform`
     fps: float = 10, # frames per second
     short_side: int = 240, # frames are looked at with this short side, pixels; a face must span 80 of them
@@ -378,12 +379,12 @@ def face_track_crops(
     frames: np.ndarray, # (T, h, w, 3) uint8 RGB, upright; faces should be at least 80 pixels tall
     kind: str, # 'lips' or 'face'
     size: int, # side of the crop, pixels
-    waveform: np.ndarray | None = None, # (n,) float mono, beginning with the first frame, to choose the face that speaks
+    waveform: np.ndarray | None = None, # (n,) float mono, from the first frame on, to choose the face that speaks
     sample_rate: int | None = None, # samples per second of `waveform`
     fps: float = 10, # frames per second
     short_side: int = 240, # as in `landmarks`
     seen: int | None = None, # as in `align_crop`
 ) -> np.ndarray: # (T, size, size, 3) uint8
-    "Crops of the lips or face that speaks, else of the largest; raises `Rejection('no face')` where few frames show one."
+    "Crops of the lips or face that speaks, else of the largest; raises `Rejection` where few frames show one."
     points = landmarks(frames, waveform, sample_rate, fps, short_side)
     return align_crop(frames, points, kind, size, seen=seen)

@@ -104,8 +104,8 @@ def _matrix(
 
 # %% ../../nbs/13_data.picture.ipynb #0151
 UNKNOWN_COLOURS = { # that libswscale does not convert, by their numbers in ITU-T H.273
-    8: 'YCgCo', 10: 'BT.2020 of constant luminance', 11: 'YDzDx', 12: 'chromaticity-derived', 13: 'chromaticity-derived',
-    14: 'ICtCp', 15: 'IPT-C2', 16: 'YCgCo-R', 17: 'YCgCo-R'}
+    8: 'YCgCo', 10: 'BT.2020 of constant luminance', 11: 'YDzDx',
+    12: 'chromaticity-derived', 13: 'chromaticity-derived', 14: 'ICtCp', 15: 'IPT-C2', 16: 'YCgCo-R', 17: 'YCgCo-R'}
 
 def _has_dolby_vision(
     frame: av.VideoFrame, # a decoded frame

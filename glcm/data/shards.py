@@ -508,7 +508,7 @@ def _row(
     start: int, # first visual step
     stop: int | None, # step after the last one; None: the clip's end
 ) -> tuple: # row, end of the span
-    "A clip's row, and the span that is wanted of it; raises `InputError` for a damaged row or another span than there is."
+    "A clip's row, and the span that is wanted of it; raises `InputError` where the row is damaged or the clip shorter."
     number, row = self._last
     if number != i:
         row = self.clips[i]

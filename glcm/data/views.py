@@ -329,7 +329,7 @@ def training_batches(
     workers: int = 0, # loader processes; 0: load in this process
     rank: int = 0, # of this process
     ranks: int = 1, # processes that share each batch
-) -> DataLoader: # of dicts: planes (B, T, 3h/2, w) uint8, mel (B, F, N) float32, shift (B,), clip; and what `extra` adds
+) -> DataLoader: # of dicts: planes (B, T, 3h/2, w) uint8, mel (B, F, N) float32, shift (B,), clip; `extra`'s views
     "The batches of training steps `start` to `steps`; the same for any number of workers."
     sampler = StepSampler(len(views), batch, steps, views.seed, start, rank, ranks)
     return DataLoader(views, batch_sampler=sampler, num_workers=workers, collate_fn=default_collate,

@@ -12,19 +12,18 @@ __all__ = ['DEVICE', 'CLIPS', 'STEPS', 'CHECKS', 'card', 'dry_compile', 'random_
 import math
 import os
 import signal
+import warnings
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import patch
 
-import pandas as pd
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import glcm.training.pretrain as pretraining
 from ..core import override, parse
-from ..data.shards import ClipStore
 from ..export import export, load
 from ..losses import ALONE
 from ..model import GLCM
@@ -87,7 +86,8 @@ def losses_of(
     **pretrain, # changes of the section, such as precision
 ) -> list[float]: # of some steps
     "The losses of a few steps on the same clips."
-    changes = dict(pretrain=dict(batch=CLIPS, precision='float32', **pretrain), machine=machine or {})
+    step = dict(batch=CLIPS, precision='float32') | pretrain
+    changes = dict(pretrain=step, machine=machine or {})
     params = override(tiny_params(), changes, 'the check')
     config = run_config(params, 'glcm', 0)
     network, _, optimizer = new_pretext(config, parse(MachineConfig, params['machine'], 'machine'))
@@ -144,6 +144,7 @@ def check_communication() -> dict:
         machine = parse(MachineConfig, tiny_params()['machine'], 'machine')
         network, pretext, _ = new_pretext(config, machine)
         plain = gradients_of(network, pretext, config)
+        warnings.filterwarnings('ignore', 'Grad strides do not match') # of 1x1x1 kernels, as in `wrap_network`
         wrapped = DistributedDataParallel(pretext, gradient_as_bucket_view=True)
         pretext.zero_grad(set_to_none=True)
         difference = float((gradients_of(wrapped, pretext, config) - plain).norm()/plain.norm())

@@ -12,7 +12,6 @@ __all__ = ['KINETICS700', 'AVSPEECH', 'VGGSS', 'TALKERS', 'FLICKR_SOUNDNET', 'ES
 # %% ../../nbs/77_miniature.world.ipynb #002
 import json
 from contextlib import nullcontext
-from dataclasses import field
 from itertools import product
 from pathlib import Path
 
@@ -190,9 +189,9 @@ SIZES = {name: dataset.sizes for name, dataset in DATASETS.items() if name != 't
 @configuration
 class WorldConfig:
     "What is drawn into data/: the `world` section of params.yaml."
-    seed: Seed = 1 # another seed is another world
+    seed: Seed # another seed is another world
     # dataset -> its numbers of clips; none: nothing is drawn
-    datasets: dict[Name, dict[Name, Count]] = field(default_factory=dict)
+    datasets: dict[Name, dict[Name, Count]]
 
     def __post_init__(self):
         for name, sizes in self.datasets.items():

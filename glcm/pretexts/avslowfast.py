@@ -18,7 +18,7 @@ from ..encoders import ResNet18
 from ..losses import ALONE
 from ..model import GLCM, normalize_frames
 from .avts import AVTSConfig, AVTSOutputs, choose_sounds, half_length, hard_share, mean_losses
-from .pretext import Pretext, clip_generators, comparing_ranks
+from .pretext import Pretext, clip_generators, comparing_ranks, to_device
 
 # %% ../../nbs/35a_pretexts.avslowfast.ipynb #005
 @configuration
@@ -94,7 +94,7 @@ class AVSlowFast(Pretext):
         sounds = choose_sounds(views, generators, share)
         turns = [int(rng.integers(TURNS)) for rng in generators]
         video = turn_clips(views['video'], turns)
-        return views | sounds | dict(video=video, turns=torch.tensor(turns).to(video.device))
+        return views | sounds | dict(video=video, turns=to_device(torch.tensor(turns), video.device))
 
     def picture_means(self, video): # (B, 3, T, h, w) uint8 -> (B, C) for each of `LAYERS`
         "The features of both pathways, averaged and joined."

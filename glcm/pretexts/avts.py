@@ -19,7 +19,7 @@ from ..data.views import ExtraViews
 from ..distributed import Ranks
 from ..losses import ALONE
 from ..model import GLCM, Size, normalize_frames
-from .pretext import Pretext, PretextConfig, clip_generators, comparing_ranks, gather_clips, own_rows
+from .pretext import Pretext, PretextConfig, clip_generators, comparing_ranks, gather_clips, own_rows, to_device
 
 # %% ../../nbs/35_pretexts.avts.ipynb #005
 @configuration
@@ -95,7 +95,8 @@ def choose_sounds(
 ) -> dict: # hard, audible and second_audible, (B,) bool
     "Which clips have a hard negative, and which windows of sound teach."
     drawn = [rng.random() < share for rng in generators]
-    hard = torch.tensor(drawn).to(views['distance'].device) & (views['distance'] != 0)
+    distance = views['distance']
+    hard = to_device(torch.tensor(drawn), distance.device) & (distance != 0)
     audible, other = teaches(views['audio']), teaches(views['second_audio'], views['audio'])
     return dict(hard=hard, audible=audible, second_audible=other)
 
@@ -116,7 +117,7 @@ def negatives(
     if len(sounds) < 2:
         raise InputError('a negative sound needs two clips to compare: raise pretrain.batch, or set loss.negatives to world')
     audible = gather_clips(views['audible'].to(sounds.dtype), ranks) > 0
-    before = ((own_rows(clips, ranks) - 1) % len(sounds)).to(sounds.device)
+    before = (own_rows(clips, ranks, sounds.device) - 1) % len(sounds)
     hard = views['hard']
     negative = torch.where(hard.unsqueeze(1), outputs.second, sounds[before])
     useful = views['audible'] & torch.where(hard, views['second_audible'], audible[before])

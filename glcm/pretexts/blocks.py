@@ -14,7 +14,7 @@ from ..core import InputError
 from ..distributed import Ranks
 from ..losses import ALONE
 from ..model import GLCM, normalize_frames
-from .pretext import PretextConfig, gather_clips, own_rows
+from .pretext import PretextConfig, gather_clips, own_rows, to_device
 
 # %% ../../nbs/31a_pretexts.blocks.ipynb #005
 def cut_blocks(
@@ -60,8 +60,8 @@ def prediction_losses(
     candidates = gather_clips(candidates.to(precision), ranks)
     with torch.autocast(candidates.device.type, enabled=False):
         scores = torch.einsum('mqd,bcd->mqbc', predictions.to(precision), candidates).flatten(0, 1)
-    clips = own_rows(len(predictions), ranks).repeat_interleave(len(places)).to(scores.device)
-    places = torch.tensor(places, device=scores.device).repeat(len(predictions))
+    clips = own_rows(len(predictions), ranks, scores.device).repeat_interleave(len(places))
+    places = to_device(torch.tensor(places), scores.device).repeat(len(predictions))
     everywhere, of_clip, right = place_log_sums(scores, clips, places)
     clip_loss, place_loss = (everywhere - of_clip).mean(), (of_clip - right).mean()
     return dict(loss=clip_loss + place_loss, clip_loss=clip_loss, place_loss=place_loss)

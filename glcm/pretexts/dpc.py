@@ -16,7 +16,7 @@ from ..core import configuration
 from ..losses import ALONE
 from ..model import GLCM, Length
 from .blocks import BlockConfig, encode_blocks, prediction_losses
-from .pretext import Pretext, clip_generators, comparing_ranks
+from .pretext import Pretext, clip_generators, comparing_ranks, to_device
 
 # %% ../../nbs/33_pretexts.dpc.ipynb #005
 @configuration
@@ -76,7 +76,7 @@ class DPC(Pretext):
         shape = video.shape[2]//config.block_frames - 1, height*width, self.recurrence.hidden_size
         drawn = [torch.from_numpy(rng.random(shape, 'float32')) for rng in clip_generators(self.run, step, clips)]
         kept = torch.stack(drawn) >= config.dropout
-        return views | dict(kept=kept.to(video.device, non_blocking=True))
+        return views | dict(kept=to_device(kept, video.device))
 
     def predict_ahead(self, seen, weights) -> torch.Tensor: # (P, rows, C)
         "Predict blocks from those that are seen, (N - P, rows, C); the state after each is weighted, (N - 1, rows, C)."

@@ -21,7 +21,7 @@ from ..distributed import Ranks
 from ..encoders import SignalBatchNorm
 from ..losses import ALONE
 from ..model import GLCM, Size, normalize_frames
-from .pretext import Pretext, PretextConfig, clip_generators, comparing_ranks, gather_clips, own_rows
+from .pretext import Pretext, PretextConfig, clip_generators, comparing_ranks, gather_clips, own_rows, to_device
 
 # %% ../../nbs/34_pretexts.infomax.ipynb #005
 @configuration
@@ -109,7 +109,7 @@ def cell_losses(
     own: torch.Tensor, # (m,) places of these clips among the B
 ) -> torch.Tensor: # (m, V)
     "The loss of each cell of the own clip, a positive by itself among the cells of other clips."
-    positive = scores[torch.arange(len(own)), own]
+    positive = scores[torch.arange(len(own), device=own.device), own]
     is_own = F.one_hot(own, scores.shape[1]).bool().unsqueeze(2)
     others = scores.masked_fill(is_own, -torch.inf).flatten(1).logsumexp(1, keepdim=True)
     return torch.logaddexp(positive, others) - positive
@@ -138,7 +138,7 @@ def infomax_losses(
     clips = torch.arange(len(mean), device=mean.device)
     cell = layer4[clips, (draws.double()*layer4.shape[1]).long()]
     cells3, cells4 = (gather_clips(cells, ranks) for cells in other[1:])
-    own = own_rows(len(mean), ranks).to(mean.device)
+    own = own_rows(len(mean), ranks, mean.device)
     parts, squares = [], 0
     for antecedent, cells in ((mean, cells3), (mean, cells4), (cell, cells4)):
         scores = cell_scores(antecedent, cells)
@@ -163,7 +163,7 @@ class InfoMax(Pretext):
         cells = np.stack([rng.random((4, count), np.float32) for rng in generators]) # of two maps of two sequences
         antecedents = np.stack([rng.random(2, np.float32) for rng in generators])
         draws = dict(cells=torch.from_numpy(cells), antecedents=torch.from_numpy(antecedents))
-        return views | {name: values.to(views['video'].device) for name, values in draws.items()}
+        return views | {name: to_device(values, views['video'].device) for name, values in draws.items()}
 
     def embed(self, name, video, draws): # (B, 3, T, h, w) uint8, (B, 2, V) -> (B, D), (B, V, D), (B, V, D)
         "Mean and cells of one sequence."

@@ -6,7 +6,7 @@
 __all__ = ['KINDS', 'AnyPretext', 'PAPER']
 
 # %% ../../nbs/35b_pretexts.kinds.ipynb #002
-from typing import Annotated
+from typing import Annotated, Union
 
 from pydantic import Field
 
@@ -28,13 +28,5 @@ KINDS = ( # the values of each pretext
     AVSlowFastConfig,
     InfoMaxConfig,
 )
-AnyPretext = Annotated[ # what the section `pretext` holds
-    GLCMConfig
-    | MoCoConfig
-    | CPCConfig
-    | DPCConfig
-    | InfoMaxConfig
-    | AVTSConfig
-    | AVSlowFastConfig,
-    Field(discriminator='kind')]
+AnyPretext = Annotated[Union[KINDS], Field(discriminator='kind')] # what the section `pretext` holds
 PAPER = GLCMConfig('glcm') # the paper's own, which trained the checkpoints that name none

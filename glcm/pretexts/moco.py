@@ -20,7 +20,7 @@ from ..data.views import ExtraViews
 from ..distributed import Ranks
 from ..losses import ALONE
 from ..model import GLCM, Size, normalize_frames
-from .pretext import Pretext, PretextConfig, gather_clips, own_rows
+from .pretext import Pretext, PretextConfig, gather_clips, own_rows, to_device
 
 # %% ../../nbs/31_pretexts.moco.ipynb #005
 @configuration
@@ -130,10 +130,10 @@ class MoCo(Pretext):
     def keys(self, video, step, ranks):
         "(m, D) for this rank's clips, normalised in groups of the shuffled batch of all ranks."
         everything = gather_clips(video, ranks)
-        order = shuffled(self.run, step, len(everything)).to(video.device)
+        order = to_device(shuffled(self.run, step, len(everything)), video.device)
         groups = key_groups(order, self.run.pretext.key_groups, ranks)
         keys = torch.cat([self.embed(self.key_encoder, self.key_head, everything[group]) for group in groups])
-        places = order.argsort()[own_rows(len(video), ranks).to(video.device)]
+        places = order.argsort()[own_rows(len(video), ranks, video.device)]
         return ranks.all_gather(keys)[places]
 
     def before_step(self, views, clips, step, ranks):

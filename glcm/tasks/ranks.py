@@ -27,7 +27,7 @@ def batch_share(
     "By what a mean over this rank's part is multiplied, so that the mean over the ranks is that of the whole."
     if ranks.size == 1:
         return 1.0
-    own = torch.full((), float(count), device=ranks.device)
+    own = torch.full((), count, dtype=torch.double, device=ranks.device)
     return own/ranks.mean(own)
 
 # %% ../../nbs/43a_tasks.ranks.ipynb #008

@@ -78,24 +78,33 @@ class StepMeter:
 def clip_teraflops(
     config: RunConfig,
 ) -> float: # 10^12 floating point operations
-    "What training on one clip computes: three times its forward pass."
+    "What training on one clip computes: the pretext's part before the step, and the forward and the backward pass."
     network = config.pretext.network(GLCM(config.model), config).eval()
     with torch.no_grad():
-        views = network.before_step(empty_views(config), ['empty'], 0, ALONE)
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False) as before:
+            views = network.before_step(empty_views(config), ['empty'], 0, ALONE)
+        with FlopCounterMode(display=False) as forward:
             network(views)
-    return 3*counter.get_total_flops()/1e12
+    first = 0 # operations of the first convolutions, whose inputs get no gradient
+    for name, operations in forward.get_flop_counts().items():
+        if name.endswith('_encoder.conv1'):
+            first += sum(operations.values())
+    return (before.get_total_flops() + 3*forward.get_total_flops() - first)/1e12
 
 # %% ../../nbs/38_training.meter.ipynb #013
-PEAK = {'B200': 2250, 'H200': 989, 'H100': 989, 'A100': 312, 'L40S': 362, 'L4': 121, 'A10G': 70} # TFLOP/s
+PEAK = { # TFLOP/s; special forms of a card first
+    'H100 PCIe': 756, 'H100 NVL': 835, 'H200 NVL': 835,
+    'B200': 2250, 'GH200': 989, 'H200': 989, 'H100': 989, 'A100': 312, 'L40S': 362, 'L4': 121, 'A10G': 70,
+}
 
 def peak_teraflops(
     name: str, # of a device, as the driver calls it
 ) -> float | None: # TFLOP/s; None for a device that is not in `PEAK`
     "The peak of a GPU in bfloat16."
-    for word in re.split(r'\W', name):
-        if word in PEAK:
-            return PEAK[word]
+    words = set(re.split(r'\W', name))
+    for card, peak in PEAK.items():
+        if words.issuperset(card.split()):
+            return peak
     return None
 
 # %% ../../nbs/38_training.meter.ipynb #015
