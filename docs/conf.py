@@ -79,6 +79,15 @@ def module_of(notebook) -> str | None:
     return None
 
 
+def without_progress(output):
+    "An output of a cell without bars of progress and widgets; None where nothing is left."
+    if output.output_type == 'stream':
+        output.text = re.sub(r'^.*\d+%\|.*\n?', '', output.text, flags=re.MULTILINE)
+        return output if output.text.strip() else None
+    output.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
+    return output
+
+
 REFERENCE = '''## Reference: `glcm.{module}`
 
 ```{{eval-rst}}
@@ -95,8 +104,7 @@ def chapter(text: str) -> str: # a notebook's JSON, as is and for a reader
     for cell in notebook.cells:
         if cell.cell_type == 'code':
             cell.source = re.sub(r'^#\|.*\n', '', cell.source, flags=re.MULTILINE)
-            for output in cell.outputs:
-                output.get('data', {}).pop('application/vnd.jupyter.widget-view+json', None)
+            cell.outputs = [shown for output in cell.outputs if (shown := without_progress(output))]
     if module:
         notebook.cells.append(nbformat.v4.new_markdown_cell(REFERENCE.format(module=module)))
     return nbformat.writes(notebook)

@@ -42,6 +42,12 @@ def test_chapter_has_no_directives_and_ends_with_its_reference(conf):
     assert '.. automodule:: glcm.losses' in sources[-1]
 
 
+def test_progress_bars_are_left_out(conf):
+    stream = conf.nbformat.v4.new_output('stream', text='clips:  33%|=====   | 1/3 [00:07<00:14,  7.21s/it]\n2 clips\n')
+    assert conf.without_progress(stream).text == '2 clips\n'
+    assert conf.without_progress(conf.nbformat.v4.new_output('stream', text='100%|=====| 3/3\n')) is None
+
+
 def test_comments_on_arguments_are_in_the_reference(conf):
     lines = ['Anchors and bags.']
     conf.document_arguments(None, 'function', 'glcm.losses.global_bags', global_bags, None, lines)
