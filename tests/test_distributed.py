@@ -215,6 +215,45 @@ def test_restarted_ranks_resume_from_the_last_checkpoint(clips):
     assert_equal_runs(clips/'restarted', clips/'unbroken')
 
 
+WRONG = textwrap.dedent('''
+    """The module's own main, whose parameters are missing; each start leaves a file."""
+    import os, sys, tempfile
+    from glcm.training.pretrain import main
+    tempfile.mkstemp(prefix=f'start-{os.environ["RANK"]}-', dir=sys.argv[1])
+    main(['glcm', f'--params={sys.argv[1]}/missing.yaml'])
+''')
+
+
+def test_wrong_parameters_start_nothing_again(tmp_path, capfd):
+    "What cannot be mended by a new start uses up no restarts."
+    with pytest.raises(RuntimeError, match='ended with exit code'):
+        launch([script(tmp_path, WRONG), str(tmp_path)], 1, restarts=3)
+    assert len(list(tmp_path.glob('start-0-*'))) == 1
+    assert 'missing.yaml' in capfd.readouterr().out
+
+
+WAITING = textwrap.dedent('''
+    """The first rank waits for one that sleeps."""
+    import sys, time
+    import torch
+    from glcm.distributed import process_group
+    with process_group() as ranks:
+        ranks.mean(torch.ones(1))
+        ranks.limit_waiting(1)
+        if ranks.rank == 1:
+            time.sleep(600)
+        ranks.mean(torch.ones(1))
+''')
+
+
+def test_silent_rank_is_given_up(tmp_path):
+    "In a step sooner than at the start."
+    started = time.monotonic()
+    with pytest.raises(RuntimeError, match='exit code 1'):
+        launch([script(tmp_path, WAITING)], 2)
+    assert time.monotonic() - started < 300
+
+
 def wait_until(condition, seconds):
     "Return when the condition holds, or after these seconds."
     deadline = time.monotonic() + seconds
