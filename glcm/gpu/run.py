@@ -95,8 +95,8 @@ def run_apart(
     "Run the piece of this name in a process of its own."
     start = time.monotonic()
     command = [sys.executable, '-m', 'glcm.gpu.run', '--piece', path.stem, '--out', str(path.parent)]
-    process = subprocess.Popen(command, start_new_session=True)
     before = path.stat().st_mtime_ns if path.exists() else None
+    process = subprocess.Popen(command, start_new_session=True)
     try:
         process.wait(60*minutes)
         error = f'the process ended with exit code {process.returncode}'

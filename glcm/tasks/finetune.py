@@ -168,7 +168,8 @@ def batch_loss(
     if ranks.size == 1:
         return loss
     share_statistics(network, ranks)
-    warnings.filterwarnings('ignore', 'Grad strides do not match') # of 1x1x1 kernels: their channels-last order is ambiguous
+    # of 1x1x1 kernels, whose channels-last order is ambiguous
+    warnings.filterwarnings('ignore', 'Grad strides do not match')
     return DistributedDataParallel(loss, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 # %% ../../nbs/47_tasks.finetune.ipynb #006z
@@ -190,7 +191,8 @@ class Phase:
         batches = self.keys(epoch=0)
         smallest = min(len(batch) for batch in batches)
         if smallest < ranks.size:
-            raise InputError(f'batches of {smallest} clips are too small for {ranks.size} processes: lower machine.gpus')
+            raise InputError(f'batches of {smallest} clips are too small for {ranks.size} processes: '
+                             'lower machine.gpus')
         network.features.freeze(frozen)
         self.source = CachedFeatures(network, windows, clips, seed, workers, ranks) if frozen else windows
         self.loss = batch_loss(network, ranks)
