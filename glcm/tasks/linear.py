@@ -145,6 +145,8 @@ def main(arguments: list[str] | None = None):
     for name, table in dict(offsets=offsets, matching=matching).items():
         with atomic_path(Path(given.out)/f'{name}.csv') as path:
             table.to_csv(path, index=False)
+        if table.empty: # the clips are too short
+            continue
         for metric, row in task_scores(table).iterrows():
             print(f'{metric}: {100*row.value:.1f} % ({100*row.low:.1f} to {100*row.high:.1f}), chance {100*table.chance.iloc[0]:.1f}; '
                   f'{row.clips:.0f} clips, {row.groups:.0f} groups, penalty {penalty}')
