@@ -22,7 +22,9 @@ from typing import Annotated, Literal, get_type_hints
 from fastcore.docments import docments
 from pydantic import Field, StrictInt, StrictStr, TypeAdapter
 
-from .core import STRICT, FolderName, InputError, Name, Seed, atomic_path, configuration, mistakes, parse, read_params, read_study, root, values_of
+from .core import (
+    STRICT, FolderName, InputError, Name, Seed, atomic_path, configuration, mistakes, parse, read_params, read_study,
+    root, values_of)
 from .data.audio import AudioConfig
 from .datasets.catalogue import READERS
 from .data.clip import ClipConfig
@@ -84,7 +86,7 @@ class TaskChanges(values_of(SentenceConfig, 'TaskValues', ('target',), total=Fal
 class VariantChanges:
     "What a variant changes: a row of `variants` in params.yaml."
     audio: values_of(AudioConfig, 'AudioChanges', total=False) = field(default_factory=dict)       # spectrogram
-    views: values_of(ViewConfig, 'ViewChanges', total=False) = field(default_factory=dict)         # views and augmentation
+    views: values_of(ViewConfig, 'ViewChanges', total=False) = field(default_factory=dict) # views and augmentation
     model: values_of(ModelConfig, 'ModelChanges', FROM_SOUND, total=False) = field(default_factory=dict) # network
     loss: values_of(LossConfig, 'LossChanges', FROM_MODEL, total=False) = field(default_factory=dict)    # loss
     pretrain: values_of(PretrainConfig, 'PretrainChanges', total=False) = field(default_factory=dict)    # training
@@ -121,7 +123,8 @@ def _unknown(names, known, where: str, section: str) -> Iterator[str]:
         if name in known:
             continue
         close = get_close_matches(name, list(known), 1)
-        yield f'{where} names {name!r}, which `{section}` has not' + (f': did you mean {close[0]!r}?' if close else f'; it has: {", ".join(known)}')
+        hint = f': did you mean {close[0]!r}?' if close else f'; it has: {", ".join(known)}'
+        yield f'{where} names {name!r}, which `{section}` has not{hint}'
 
 def _names(params: dict) -> Iterator[str]:
     "Names in `matrix`, `experiments` and `localize` that stand nowhere else."
@@ -144,7 +147,8 @@ def _readers(params: dict) -> Iterator[str]:
         if values.get('path') is None:
             yield f'datasets.{name}.path should name the folder inside of data/ that holds its files'
         if values.get('reader') is None and name not in READERS:
-            yield f'datasets.{name}.reader should say which layout its folder has, since none is called like it: {", ".join(READERS)}'
+            yield (f'datasets.{name}.reader should say which layout its folder has, since none is called like it: '
+                   f'{", ".join(READERS)}')
         elif values.get('reader') is not None:
             yield from _unknown([values['reader']], READERS, f'datasets.{name}.reader', 'the list of layouts')
 
@@ -157,7 +161,7 @@ def _drawn(params: dict) -> Iterator[str]:
             yield f'datasets.{name}.path should be {name}, since world.datasets draws it into data/{name}'
 
 def _runs(params: dict) -> Iterator[str]:
-    "Variants that do not fit together once their changes are laid over the sections; what several have in common is reported once."
+    "Variants whose changes do not fit the sections they are laid over; what several have in common is reported once."
     found = defaultdict(list) # mistake -> variants
     for variant in params['matrix']['variants']:
         if variant not in params['variants']:
@@ -216,17 +220,18 @@ def _untrained(params: dict) -> Iterator[str]:
         if variant not in trained or part in trained[variant]:
             continue
         more = f' and {len(names) - 3} more' if len(names) > 3 else ''
-        yield (f'variant {variant} does not train the part {part!r}, which experiments {", ".join(names[:3])}{more} use: '
+        users = f'{", ".join(names[:3])}{more}'
+        yield (f'variant {variant} does not train the part {part!r}, which experiments {users} use: '
                f'take it out of them, or name settings that use its {", ".join(trained[variant])}')
 
 # %% ../nbs/60_params.ipynb #014
-BETWEEN = {
+BETWEEN = { # check -> the sections that it reads
     _names: ('matrix', 'experiments', 'datasets', 'variants', 'localize', 'finetune', 'settings'),
     _readers: ('datasets',),
     _drawn: ('world', 'datasets'),
     _runs: ('matrix', 'audio', 'datasets', 'views', 'model', 'loss', 'pretrain', 'pretext', 'variants'),
     _tasks: ('experiments', 'datasets', 'finetune', 'settings'),
-    _untrained: tuple(name for name in get_type_hints(Params) if name not in ('study', 'figures', 'machine', 'world'))} # check -> the sections that it reads
+    _untrained: tuple(name for name in get_type_hints(Params) if name not in ('study', 'figures', 'machine', 'world'))}
 
 def _mistakes(sections: dict) -> list[str]:
     "All that is wrong with a file's sections, each once."
@@ -251,15 +256,17 @@ def check_params(
     return parse(Params, sections, '')
 
 # %% ../nbs/60_params.ipynb #020
-CLASSES = [AudioConfig, ClipConfig, FiguresConfig, LocalizeConfig, LossConfig, MachineConfig, MatrixConfig, ModelConfig, Params,
-           PreprocessConfig, PretrainConfig, SentenceConfig, StoreConfig, TaskConfig, VariantChanges, ViewConfig, WorldConfig, *KINDS]
+CLASSES = [AudioConfig, ClipConfig, FiguresConfig, LocalizeConfig, LossConfig, MachineConfig, MatrixConfig, ModelConfig,
+           Params, PreprocessConfig, PretrainConfig, SentenceConfig, StoreConfig, TaskConfig, VariantChanges, ViewConfig,
+           WorldConfig, *KINDS]
 
 def _meanings() -> dict: # beginning of the class's name, e.g. Loss -> parameter -> meaning
     "What the comments of the classes say."
     meanings = {}
     for cls in CLASSES:
         parents = [docments(parent) for parent in reversed(cls.__mro__) if parent in CLASSES]
-        meanings[cls.__name__.removesuffix('Config').removesuffix('Changes')] = {k: v for comments in parents for k, v in comments.items() if v}
+        name = cls.__name__.removesuffix('Config').removesuffix('Changes')
+        meanings[name] = {k: v for comments in parents for k, v in comments.items() if v}
     return meanings
 
 ROWS = 'experiments', 'datasets', 'variants', 'finetune', 'settings' # sections whose names are the user's
@@ -321,5 +328,5 @@ def main(arguments: list[str] | None = None):
 
 # %% ../nbs/60_params.ipynb #025
 if __name__ == '__main__' and __package__: # `python -m glcm.params`; a notebook is in no package
-    from glcm.params import main as run # of the module by its own name, under which the comments of its classes are found
+    from glcm.params import main as run # of the module by its own name: it finds the comments of its classes
     run()

@@ -88,7 +88,8 @@ def _locked(
             raise InputError(f'another run of this process (pid {os.getpid()}) is writing to {output}: wait for it')
         while not (file := _lock(path)):
             if time.monotonic() > deadline:
-                raise InputError(f'a run is going on in {output} ({_holder(path)}): wait for it or end it, then start this one again')
+                raise InputError(f'a run is going on in {output} ({_holder(path)}): '
+                                 'wait for it or end it, then start this one again')
             time.sleep(0.1)
         _held.add(path)
     try:
@@ -136,7 +137,10 @@ def disk_errors(
 def only_run(
     *outputs: str | Path, # files or folders that this run writes; one lock file appears beside each
 ):
-    "Keep other runs away from these outputs while the block lasts; raises `InputError` where one is going on, or the disk does not let us write."
+    """Keep other runs away from these outputs while the block lasts.
+
+    Raises `InputError` where one is going on, or the disk does not let us write.
+    """
     paths = [Path(os.path.abspath(output)) for output in outputs]
     with disk_errors(paths[0]), ExitStack() as stack:
         for path in paths:

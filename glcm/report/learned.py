@@ -19,7 +19,7 @@ def metrics_of_runs(
     experiments: dict, # task -> setting -> variants, as in params.yaml
 ) -> pd.DataFrame: # variant, seed, and a column for each task, such as esc50 or ucf101_local_neighbours
     "The main metric of each task in its first setting, and by nearest neighbours."
-    main = scores[scores.metric.isin(MAIN_METRICS)]
+    main = scores[scores.metric.isin(MAIN_METRICS)].reset_index(drop=True)
     first = main.setting == main.task.map(lambda task: next(iter(experiments[task])))
     own = main[first | main.setting.isin(NEIGHBOURS)]
     column = own.task.where(first[own.index], own.task + '_' + own.setting)
