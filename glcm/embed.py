@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from .attention import attention_pool
 from .core import InputError, atomic_path
-from .data.damage import Rejection
 from .data.table import media_files
 from .data.views import scale_mel
 from .films import Film, Piece, pieces

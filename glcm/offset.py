@@ -18,7 +18,6 @@ import torch
 
 from .core import InputError, atomic_path, generator, progress
 from .data.clock import open_file
-from .data.damage import Rejection
 from .data.views import scale_mel
 from .films import Film, Piece, pieces
 from .look import add_model_options, model_and_size, step_limit
@@ -179,8 +178,8 @@ def find_offset(
     elsewhere = np.abs(np.arange(lags) - np.nanargmax(curve)) > NEAR*sums.fps*sums.per_step
     rest = curve[elsewhere & known]
     margin = float(np.nanmax(curve) - rest.max()) if len(rest) else 0.0
-    at = lambda where: float(np.interp(where, np.arange(lags), sums.lags))
-    return Offset(at(place), at(low), at(high), margin, sums.lags, curve)
+    milliseconds = np.interp([place, low, high], np.arange(lags), sums.lags)
+    return Offset(*milliseconds.tolist(), margin, sums.lags, curve)
 
 def measure_offset(
     model: GLCM, # in evaluation mode
