@@ -60,7 +60,7 @@ def prediction_losses(
     candidates = gather_clips(candidates.to(precision), ranks)
     with torch.autocast(candidates.device.type, enabled=False):
         scores = torch.einsum('mqd,bcd->mqbc', predictions.to(precision), candidates).flatten(0, 1)
-    clips = own_rows(len(predictions), ranks, scores.device).repeat_interleave(len(places))
+    clips = own_rows(len(predictions), ranks, scores.device).unsqueeze(1).expand(-1, len(places)).flatten()
     places = to_device(torch.tensor(places), scores.device).repeat(len(predictions))
     everywhere, of_clip, right = place_log_sums(scores, clips, places)
     clip_loss, place_loss = (everywhere - of_clip).mean(), (of_clip - right).mean()
