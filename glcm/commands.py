@@ -15,7 +15,8 @@ from .core import InputError
 # %% ../nbs/68_commands.ipynb #004
 COMMANDS = dict( # name -> module with its `main`, what it does, and an example
     look=('look', 'the attention over the frames of a video', 'glcm look holiday.mp4'),
-    offset=('offset', 'by how many milliseconds the sound of a video is off', 'glcm offset holiday.mp4 --write fixed.mp4'),
+    offset=('offset', 'by how many milliseconds the sound of a video is off',
+            'glcm offset holiday.mp4 --write fixed.mp4'),
     embed=('embed', 'embeddings of all films in a folder', 'glcm embed films/ --out embeddings.parquet'),
     export=('export', 'weights for others, from a checkpoint', 'glcm export artifacts/pretrain/glcm-0 my-model'),
     train=('training.pretrain', 'pretrain a variant of params.yaml', 'glcm train glcm --seed 1'))

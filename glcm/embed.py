@@ -57,13 +57,13 @@ def film_vectors(
     model: GLCM, # in evaluation mode
     film: Film,
     name: str, # of the film, for the rows
-) -> list[dict]: # a row for each span: file, start and end (seconds), and `VECTORS`
+) -> list[dict]: # a row for each span: film, start and end (seconds), and `VECTORS`
     "The embeddings of a film, span by span; raises `InputError` where it cannot be used."
     model.check_trained(PARTS, 'embeddings')
     rows, length = [], film.config.views.frames
     for piece in pieces(film, 6*length, context=0):
         for first, video, audio in _spans(piece, film.config):
-            about = dict(file=name, start=first/film.fps, end=(first + length)/film.fps)
+            about = dict(film=name, start=first/film.fps, end=(first + length)/film.fps)
             rows.append(about | span_vectors(model, video, audio))
     return rows
 
@@ -118,11 +118,12 @@ def main(arguments: list[str] | None = None):
     "Write the embeddings of all films in a folder."
     parser = argparse.ArgumentParser('glcm embed', description=main.__doc__)
     parser.add_argument('folder', type=Path, help='of files with picture and sound')
-    parser.add_argument('--out', type=Path, default=Path('embeddings.npz'), help='npz or parquet file to write (%(default)s)')
+    parser.add_argument('--out', type=Path, default=Path('embeddings.npz'),
+                        help='npz or parquet file to write (%(default)s)')
     add_model_options(parser)
     given = parser.parse_args(arguments)
     check_ending(given.out)
     model, config, size = model_and_size(given)
     rows = embed_folder(model, config, given.folder, size)
     write_vectors(rows, given.out)
-    print(f'{given.out}: {len(rows)} spans of {len({row["file"] for row in rows})} films')
+    print(f'{given.out}: {len(rows)} spans of {len({row["film"] for row in rows})} films')

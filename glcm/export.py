@@ -159,14 +159,14 @@ def from_hub(
         raise InputError(f'no model {name}, neither here nor on the Hugging Face hub: {reason}') from None
 
 def weights_file(
-    name: str | Path | None, # a bundle, its model.safetensors, a checkpoint.pt, the folder it is in, or owner/model on the hub
+    name: str | Path | None, # a bundle, its weights, a checkpoint.pt, the folder it is in, or owner/model on the hub
 ) -> Path: # model.safetensors or checkpoint.pt
     "The file that a name of a model stands for; raises `InputError` where there is none."
     path = Path(name) if name is not None else BUNDLED
     if path.is_dir():
         is_run = (path/'checkpoint.pt').exists() and not (path/'model.safetensors').exists()
         path = path/('checkpoint.pt' if is_run else 'model.safetensors')
-    elif not path.exists() and re.fullmatch(r'[\w.-]+/[\w.-]+', str(name)) and not path.suffix in ('.pt', '.safetensors'):
+    elif not path.exists() and path.suffix not in ('.pt', '.safetensors') and re.fullmatch(r'[\w.-]+/[\w.-]+', str(name)):
         return from_hub(str(name))
     if not path.exists():
         raise InputError(f'no model {path}')

@@ -131,10 +131,12 @@ class FilmWriter:
             self.video.height, self.video.width = frames.shape[1:3]
             self.is_open = True
         for frame in frames:
-            self.container.mux(self.video.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24')))
+            picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24')
+            self.container.mux(self.video.encode(picture))
         if not len(waveform):
             return
-        sound = av.AudioFrame.from_ndarray(np.ascontiguousarray(waveform, np.float32)[None], format='fltp', layout='mono')
+        mono = np.ascontiguousarray(waveform, np.float32)[None]
+        sound = av.AudioFrame.from_ndarray(mono, format='fltp', layout='mono')
         sound.sample_rate, sound.time_base, sound.pts = self.audio.rate, Fraction(1, self.audio.rate), self.samples
         self.samples += len(waveform)
         self.container.mux(self.audio.encode(sound))

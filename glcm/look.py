@@ -53,11 +53,12 @@ def look(
     table: str | Path, # a csv file to write, with `PEAK_COLUMNS`
     limit: int | None = None, # steps of the film that are wanted, from its beginning; None: all
 ):
-    "Write a film with the attention over its frames, and a row for each step; raises `InputError` where it cannot be used."
+    "Write a film with the attention over it, and a row for each step; raises `InputError` where it cannot be used."
     config, length = film.config, film.config.views.frames
     page = -(-round(PAGE*film.fps)//length)*length # whole spans
     low, high = np.inf, -np.inf
-    with (atomic_path(table) as rows, atomic_path(out) as scratch, open(rows, 'w', newline='', encoding='utf-8') as file,
+    with (atomic_path(table) as rows, atomic_path(out) as scratch,
+          open(rows, 'w', newline='', encoding='utf-8') as file,
           film_writer(scratch, film.fps, config.audio.sample_rate) as writer):
         lines = csv.DictWriter(file, PEAK_COLUMNS)
         lines.writeheader()
@@ -67,7 +68,8 @@ def look(
             lines.writerows(peaks(heatmaps, piece.first, film.fps, config.model.attention_temperature))
             large = film.pictures(piece.first, piece.first + piece.own, HEIGHT)
             columns = slice(*(config.model.mel_per_step*np.array([piece.before, piece.before + piece.own])))
-            attended = AttendedVideo(large[:piece.own], heatmaps[:len(large)], piece.mel[:, columns], piece.waveform, film.fps)
+            mel = piece.mel[:, columns]
+            attended = AttendedVideo(large[:piece.own], heatmaps[:len(large)], mel, piece.waveform, film.fps)
             writer.add(render_film(attended, HEIGHT, (low, high)), piece.waveform)
 
 # %% ../nbs/65_look.ipynb #012
@@ -75,7 +77,7 @@ def add_model_options(
     parser: argparse.ArgumentParser,
 ):
     "Options of every command that uses a model."
-    parser.add_argument('--model', help='a bundle, a checkpoint, or owner/model on the Hugging Face hub (the one of the package)')
+    parser.add_argument('--model', help='bundle, checkpoint, or owner/model on the Hugging Face hub (that of the package)')
     parser.add_argument('--short-side', type=int, help='of the frames, pixels (eight sevenths of the crop in training)')
 
 def model_and_size(
