@@ -115,7 +115,7 @@ WRONG = dict(
     nan=float('nan'))
 MAY_BE_NULL = {'clips', 'min_frames', 'reader', 'path'}
 MAY_BE_ZERO = {
-    'seed', 'seeds', 'max_rejected', 'shift', 'flip', 'gray', 'local_embedding', 'grid', 'local_weight', 'block',
+    'seed', 'seeds', 'max_rejected', 'shift', 'flip', 'gray', 'local_embedding', 'grid', 'local_weight', 'silence', 'block',
     'steps', 'warmup_steps', 'weight_decay',
     'workers', 'restarts', 'checkpoint_minutes', 'frozen', 'frames', 'momentum', 'hard', 'hard_from',
     'penalty', 'dropout'}
