@@ -402,9 +402,10 @@ def main(arguments: list[str] | None = None):
         print(e, file=sys.stderr)
         sys.exit(128 + e.number)
     except (InputError, Diverged) as e: # a new start would end in the same way
-        print(e, file=sys.stderr, flush=True)
-        end_torchrun()
-        sys.exit(1)
+        if 'TORCHELASTIC_RUN_ID' in os.environ:
+            print(e, file=sys.stderr, flush=True)
+            end_torchrun()
+        sys.exit(str(e))
 
 # %% ../../nbs/39a_training.pretrain.ipynb #020
 if __name__ == '__main__' and __package__:
