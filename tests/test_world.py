@@ -26,7 +26,7 @@ from glcm.params import check_params
 from glcm.study import _link_data
 
 SMALL = dict(
-    kinetics700=dict(train=1, validate=1), avspeech=dict(speech=6), vggss=dict(held_out=1), talkers=dict(held_out=4),
+    kinetics700=dict(train=1, validate=1), avspeech=dict(speech=6), vggss=dict(held_out=1), talkers=dict(held_out=6),
     esc50=dict(recordings=1), lrw=dict(train=1, val=1, test=1),
     lrs2=dict(pretrain=0, train=1, val=1, test=1, utterances=1),
     dfdc=dict(parts=3, pairs=1), ucf101=dict(groups=3, clips=1), hmdb51=dict(groups=3, clips=1),
@@ -112,7 +112,7 @@ def test_only_what_was_drawn_is_replaced(tmp_path):
 
 
 LARGER = dict(
-    kinetics700=dict(train=3, validate=2), avspeech=dict(speech=9), vggss=dict(held_out=2), talkers=dict(held_out=6),
+    kinetics700=dict(train=3, validate=2), avspeech=dict(speech=9), vggss=dict(held_out=2), talkers=dict(held_out=8),
     esc50=dict(recordings=2), lrw=dict(train=2, val=2, test=2),
     lrs2=dict(pretrain=1, train=2, val=2, test=2, utterances=2),
     dfdc=dict(parts=8, pairs=2), ucf101=dict(groups=6, clips=2), hmdb51=dict(groups=9, clips=2),
