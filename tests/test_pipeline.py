@@ -82,7 +82,7 @@ def project(tmp_path_factory):
 def test_results_are_written(project):
     metrics = pd.read_csv(project/'results'/'default'/'metrics.csv')
     assert metrics.variant.tolist() == parameters()['matrix']['variants']
-    assert metrics.drop(columns='variant').notna().all(axis=None)
+    assert metrics.drop(columns='variant').notna().all().drop('matching').all() # for which there are too few clips
     tasks = pd.read_csv(project/'results'/'default'/'tasks.csv').set_index('variant')
     for variant in metrics.variant:
         told = pd.read_csv(project/'artifacts'/'finetune'/f'{variant}-esc50-0'/'predictions.csv')
