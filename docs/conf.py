@@ -22,8 +22,9 @@ version = release = settings['DEFAULT']['version']
 project_copyright = settings['DEFAULT']['copyright']
 extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.viewcode', 'sphinx_copybutton']
 root_doc = 'README'
-include_patterns = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'nbs/*.ipynb', 'nbs/*/*.ipynb', 'results/*.md', 'results/*/*.md']
-exclude_patterns = ['.*', '**/.*', 'artifacts', 'build', 'data', 'glcm', 'sample', 'studies', 'tests'] # not even searched
+include_patterns = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'nbs/*.ipynb', 'nbs/*/*.ipynb', 'results/*.md', 'results/*/*.md',
+                    'glcm/weights/README.md']
+exclude_patterns = ['.*', '**/.*', 'artifacts', 'build', 'data', 'sample', 'studies', 'tests'] # not even searched
 
 nb_execution_mode = 'off'
 nb_ipywidgets_js = {} # a page asks no other host for anything
@@ -56,7 +57,8 @@ def parts() -> list: # of (title, names of pages)
     "The pages of the book in reading order."
     numbered = [path for path in sorted((ROOT/'nbs').glob('*.ipynb')) if path.stem[:2].isdigit()]
     tables = [f'Tables: {path.parent.name} <results/{path.parent.name}/tables>' for path in sorted((ROOT/'results').glob('*/tables.md'))]
-    pages = [('Start', ['nbs/guide', 'nbs/explore/attention', 'results/README', *tables, 'CONTRIBUTING', 'CHANGELOG'])]
+    pages = [('Start', ['nbs/guide', 'nbs/explore/attention', 'results/README', *tables, 'The weights <glcm/weights/README>',
+                        'CONTRIBUTING', 'CHANGELOG'])]
     for title, first, last in PARTS:
         chapters = [f'nbs/{path.stem}' for path in numbered if first <= int(path.stem[:2]) <= last]
         pages.append((title, chapters))
