@@ -7,6 +7,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import glcm.distributed as distributed
 from glcm.core import override
 from glcm.distributed import Ranks
 from glcm.encoders import StemConv3d, video_resnet18
@@ -186,6 +187,21 @@ def test_batches_are_copied_ahead(monkeypatch):
     copies = [entry for entry in order if entry.startswith(('copy', 'step'))]
     assert copies == ['copy 0 on side', 'copy 1 on side', 'step 0', 'copy 2 on side', 'step 1', 'step 2']
     assert order.index('step 0') > order.index('wait') and order.count('kept') == 3
+
+
+def test_nccl_knows_its_device(monkeypatch):
+    given = {}
+    monkeypatch.setenv('RANK', '1')
+    monkeypatch.setenv('WORLD_SIZE', '2')
+    monkeypatch.setenv('LOCAL_RANK', '1')
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 2)
+    monkeypatch.setattr(torch.cuda, 'set_device', lambda device: None)
+    monkeypatch.setattr(distributed.dist, 'init_process_group', lambda backend, **options: given.update(options, backend=backend))
+    monkeypatch.setattr(distributed.dist, 'destroy_process_group', lambda: None)
+    with distributed.process_group() as ranks:
+        assert ranks.rank == 1
+    assert given['backend'] == 'nccl' and given['device_id'] == torch.device('cuda', 1)
 
 
 def graphs(network, *inputs):
