@@ -29,6 +29,9 @@ import pandas as pd
 
 from ..core import InputError
 
+# %% ../../nbs/10_data.table.ipynb #003b
+pd.set_option('mode.string_storage', 'python')
+
 # %% ../../nbs/10_data.table.ipynb #005
 COLUMNS = ['clip', 'path', 'start', 'end', 'label', 'text', 'words', 'split', 'splits', 'fold', 'group',
            'boxes', 'face', 'problem']
