@@ -79,7 +79,9 @@ def cropped_clip(
     top, left = crop_start(height, crop, rng), crop_start(width, crop, rng)
     boxes = []
     for x1, y1, x2, y2, *_ in clip['boxes'] or []:
-        boxes.append([(x1*width - left)/crop, (y1*height - top)/crop, (x2*width - left)/crop, (y2*height - top)/crop])
+        x1, x2 = ((x*width - left)/crop for x in (x1, x2))
+        y1, y2 = ((y*height - top)/crop for y in (y1, y2))
+        boxes.append([x1, y1, x2, y2])
     return crop_planes(planes, top, left, crop), store.mel(i, start, start + frames), boxes
 
 def mosaic(
@@ -89,11 +91,12 @@ def mosaic(
     rng: np.random.Generator,
 ) -> tuple: # video (1, 3, T, 2 crop, 2 crop) uint8, sounds (4, F, N), boxes of each quarter
     "Four clips in one frame: the first two above, the others below."
-    parts = [cropped_clip(store, i, config, rng) for i in numbers]
-    planes = torch.from_numpy(np.stack([planes for planes, mel, boxes in parts]))
-    video, audio = prepare_inputs(planes, torch.from_numpy(np.stack([mel for planes, mel, boxes in parts])))
-    above, below = torch.cat([video[0], video[1]], -1), torch.cat([video[2], video[3]], -1)
-    return torch.cat([above, below], -2)[None], audio, [boxes for planes, mel, boxes in parts]
+    planes, mels, boxes = zip(*[cropped_clip(store, i, config, rng) for i in numbers])
+    video, audio = prepare_inputs(torch.from_numpy(np.stack(planes)), torch.from_numpy(np.stack(mels)))
+    first, second, third, fourth = video
+    above = torch.cat([first, second], -1)
+    below = torch.cat([third, fourth], -1)
+    return torch.cat([above, below], -2)[None], audio, list(boxes)
 
 # %% ../../nbs/49d_tasks.mosaic.ipynb #009
 def place_of_peak(
