@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['MEL_CENTRE', 'MEL_SCALE', 'ViewConfig', 'crop_planes', 'flip_planes', 'crop_start', 'augment', 'view_start',
            'spare_frames', 'read_frames', 'clip_views', 'overlap', 'scale_mel', 'prepare_inputs', 'ExtraViews',
-           'second_start', 'StepSampler', 'recordings_of', 'training_clips', 'TrainingViews', 'training_batches']
+           'second_start', 'without_repetition', 'StepSampler', 'recordings_of', 'training_clips', 'TrainingViews',
+           'training_batches']
 
 # %% ../../nbs/23_data.views.ipynb #002
 from dataclasses import dataclass
+from itertools import count, islice
 from typing import Annotated, Literal
 
 import numpy as np
@@ -213,6 +215,16 @@ def second_start(
     starts = [start for start in range(spare + 1) if abs(start - first) >= distance]
     return starts[rng.integers(len(starts))] if starts else first
 
+# %% ../../nbs/23_data.views.ipynb #018b
+def without_repetition(
+    order: np.ndarray, # (clips,) of an epoch
+    taken: np.ndarray, # clips that the first batch holds already, of the epoch before
+    free: int, # places that are left in that batch
+) -> np.ndarray: # (clips,) the same clips
+    "An epoch that fills its first batch with clips which are not in it yet."
+    first = np.flatnonzero(~np.isin(order, taken))[:free]
+    return np.concatenate([order[first], np.delete(order, first)])
+
 # %% ../../nbs/23_data.views.ipynb #019
 class StepSampler:
     "The (epoch, clip) pairs of each training step's batch, or one rank's share, from seed and step alone."
@@ -230,23 +242,26 @@ class StepSampler:
             raise InputError(f'a batch of {batch} clips cannot be shared evenly by {ranks} ranks')
         self.clips, self.batch, self.steps, self.seed, self.start = clips, batch, steps, seed, start
         self.rank, self.ranks = rank, ranks
-        self._epoch = self._order = None # of the clip that was taken last
 
     def __len__(self):
         return self.steps - self.start
 
     def __iter__(self):
-        for step in range(self.start, self.steps):
-            batch = [self._pair(k) for k in range(step*self.batch, (step + 1)*self.batch)]
+        pairs = self._pairs(self.start*self.batch)
+        for _ in range(len(self)):
+            batch = list(islice(pairs, self.batch))
             yield batch[self.rank::self.ranks]
 
-    def _pair(self, k):
-        "Epoch and clip at place `k` of all shuffled epochs in a row."
-        epoch, place = divmod(k, self.clips)
-        if epoch != self._epoch:
-            self._order = generator(self.seed, 'order', epoch).permutation(self.clips)
-            self._epoch = epoch
-        return epoch, int(self._order[place])
+    def _pairs(self, skipped):
+        "Yield epoch and clip at each place of all epochs in a row, from a place on."
+        order = []
+        for epoch in count():
+            taken = epoch*self.clips % self.batch # places of its first batch that the epoch before has filled
+            before = order[-taken:] if taken else []
+            shuffled = generator(self.seed, 'order', epoch).permutation(self.clips)
+            order = without_repetition(shuffled, before, self.batch - taken)
+            for clip in order[max(skipped - epoch*self.clips, 0):]:
+                yield epoch, int(clip)
 
 # %% ../../nbs/23_data.views.ipynb #021
 def recordings_of(
