@@ -1,4 +1,4 @@
-"""Compare each convolution of a network in bfloat16 with float32: python tests/convolutions.py default | paper
+"""Compare each convolution of a network in bfloat16 with float32: python tests/convolutions.py default|paper|released [threads]
 
 A processor's library may crash in a convolution, so this runs in a process of its own. It prints a line for each case
 before the case begins, and then a line with its errors."""
@@ -18,7 +18,7 @@ CLIPS = 2
 def convolutions(network):
     "The distinct convolutions of a network, and the shapes of their inputs: name -> (module, shape)."
     params = read_study('paper') if network == 'paper' else read_params()
-    config = run_config(params, 'glcm', 0)
+    config = run_config(params, 'released' if network == 'released' else 'glcm', 0)
     side = 40 if network == 'paper' else config.views.crop # changes no depth and no kernel
     frames, found = config.views.frames, {}
 
@@ -67,12 +67,12 @@ def relative_errors(convolution, shape):
     return [float((a - b).norm()/b.norm()) for a, b in zip(found, expected)]
 
 
-def main(network):
-    torch.set_num_threads(1)
+def main(network, threads='1'):
+    torch.set_num_threads(int(threads))
     for name, (convolution, shape) in convolutions(network).items():
         print(name, flush=True)
         print(json.dumps(relative_errors(convolution, shape)), flush=True)
 
 
 if __name__ == '__main__':
-    main(sys.argv[1])
+    main(*sys.argv[1:])

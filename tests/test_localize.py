@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from glcm.attention import attention_scores
+from glcm.attention import attention_scores, attention_to_frame
 from glcm.core import InputError, root
 from glcm.data.shards import ClipStore
 from glcm.model import GLCM
@@ -206,6 +206,34 @@ def test_weighted_boxes_are_drawn(boxed):
     figure = plot_attention(attend_clips(new_model(), RUN, boxed, scores, count=2), 'weighted boxes')
     assert [len(ax.patches) for ax in figure.axes] == [0, 0, 2, 2]
     plt.close(figure)
+
+
+def bilinear(image, height, width):
+    "A value for each pixel of a larger frame, between the centres of the four cells around it."
+    def neighbours(pixel, pixels, cells):
+        place = min(max((pixel + 0.5)*cells/pixels - 0.5, 0), cells - 1)
+        low = int(place)
+        return low, min(low + 1, cells - 1), place - low
+
+    resampled = np.empty((height, width))
+    for y in range(height):
+        for x in range(width):
+            top, bottom, down = neighbours(y, height, image.shape[0])
+            left, right, across = neighbours(x, width, image.shape[1])
+            above = (1 - across)*image[top, left] + across*image[top, right]
+            below = (1 - across)*image[bottom, left] + across*image[bottom, right]
+            resampled[y, x] = (1 - down)*above + down*below
+    return resampled
+
+
+def test_overlay_is_a_second_softmax_resampled_to_the_frame():
+    "Figure 3, with loops."
+    attention = torch.randn(2, 16, 16, dtype=torch.float64).flatten(1).mul(3).softmax(1).view(2, 16, 16)
+    overlays = attention_to_frame(attention, (36, 56)).numpy()
+    for weights, overlay in zip(attention.numpy(), overlays):
+        softened = np.exp(weights)/np.exp(weights).sum()
+        np.testing.assert_allclose(overlay, bilinear(softened, 36, 56), rtol=1e-12)
+        assert overlay.max()/overlay.min() < np.e
 
 
 def test_stage_of_a_dataset_without_boxes(speech, tmp_path, monkeypatch):

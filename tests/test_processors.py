@@ -20,11 +20,11 @@ def run(instructions, *arguments):
                           timeout=600)
 
 
-@pytest.mark.parametrize('network', ['default', 'paper'])
+@pytest.mark.parametrize('network, threads', [('default', 1), ('paper', 1), ('released', 1), ('default', 2)])
 @pytest.mark.parametrize('instructions', INSTRUCTIONS)
-def test_each_convolution_in_bfloat16(instructions, network):
+def test_each_convolution_in_bfloat16(instructions, network, threads):
     "Forward and both gradients differ from float32 by no more than rounding to 8 bits; a crash names its convolution."
-    done = run(instructions, 'tests/convolutions.py', network)
+    done = run(instructions, 'tests/convolutions.py', network, str(threads))
     lines = done.stdout.splitlines()
     assert done.returncode == 0, f'{lines[-1:]} ends with {done.returncode}: {done.stderr[-500:]}'
     errors = {name: json.loads(line) for name, line in zip(lines[::2], lines[1::2])}
