@@ -9,6 +9,8 @@ __all__ = ['tiny_params', 'write_dataset', 'tiny_clips', 'tiny_run']
 import tempfile
 from pathlib import Path
 
+import pandas as pd
+
 from .core import override, parse, read_params, read_study
 from .data.audio import AudioConfig
 from .datasets.catalogue import read_catalogue
@@ -19,7 +21,7 @@ from .data.shards import ClipStore, StoreConfig
 from .tasks.listen import measure_listening
 from .tasks.localize import localize, measure_synchronisation
 from .tasks.match import measure_matching, measure_offsets, model_fit
-from .tasks.finetune import finetune
+from .tasks.finetune import CHOICES, finetune
 from .tasks.config import task_config
 from .training.checkpoints import load_model
 from .training.pretrain import pretrain
@@ -92,4 +94,5 @@ def tiny_run(
     params['finetune']['esc50'] = params['finetune']['esc50'] | dict(epochs=1)
     predictions = finetune(model, config, ClipStore(artifacts/'clips'/'esc50'), task_config(params, 'esc50'), 0)
     predictions.assign(setting='plain').to_csv(finetuned/'predictions.csv', index=False)
+    pd.DataFrame(columns=[*CHOICES, 'setting']).to_csv(finetuned/'choices.csv', index=False)
     return params

@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['MEASURED_FILES', 'PREDICTION_TEXTS', 'MAIN_METRICS', 'TASK_COLUMNS', 'BASE_SETTINGS', 'PRETRAINED_TASKS',
            'MEASURE_COLUMNS', 'PAIR_COLUMNS', 'DIFFERENCE_COLUMNS', 'VARIANT_NAMES', 'METRIC_NAMES', 'TASK_NAMES',
-           'SETTING_NAMES', 'TOO_FEW_GROUPS', 'TABLE_TITLES', 'INPUT_NAMES', 'PAPER_COLUMNS', 'GROUP_NAMES',
-           'SYSTEM_COLUMNS', 'check_run', 'read_localization', 'read_predictions', 'pretrained_metrics',
-           'baseline_metrics', 'all_predictions', 'input_name', 'share_of_labels', 'task_metrics', 'base_variant',
-           'comparisons', 'all_localization', 'measured_scores', 'variant_differences', 'markdown_table',
-           'mean_and_range', 'metric_text', 'difference_text', 'row_name', 'column_headings', 'tasks_table',
-           'pair_name', 'pairs_table', 'differences_table', 'pretraining_gain', 'summary_table',
-           'write_between_markers', 'study_table', 'write_tables', 'read_reported', 'read_layout', 'with_arrow',
-           'scores_of_cell', 'paper_table', 'inputs_and_clips', 'footnotes', 'other_systems', 'paper_tables']
+           'SETTING_NAMES', 'TOO_FEW_GROUPS', 'CHOICE_COLUMNS', 'CHOICE_HEADINGS', 'TABLE_TITLES', 'INPUT_NAMES',
+           'PAPER_COLUMNS', 'GROUP_NAMES', 'SYSTEM_COLUMNS', 'check_run', 'read_localization', 'read_predictions',
+           'pretrained_metrics', 'baseline_metrics', 'all_predictions', 'input_name', 'share_of_labels', 'task_metrics',
+           'base_variant', 'comparisons', 'all_localization', 'measured_scores', 'variant_differences',
+           'markdown_table', 'mean_and_range', 'metric_text', 'difference_text', 'row_name', 'column_headings',
+           'tasks_table', 'all_choices', 'choices_table', 'pair_name', 'pairs_table', 'differences_table',
+           'pretraining_gain', 'summary_table', 'write_between_markers', 'study_table', 'write_tables', 'read_reported',
+           'read_layout', 'with_arrow', 'scores_of_cell', 'paper_table', 'inputs_and_clips', 'footnotes',
+           'other_systems', 'paper_tables']
 
 # %% ../../nbs/51_report.tables.ipynb #002
 import math
@@ -376,6 +377,38 @@ def tasks_table(
         name = row_name(VARIANT_NAMES.get(variant, variant), setting, labels)
         rows.append((name, {key: metric_text(seeds) for key, seeds in own.groupby(['task', 'metric'])}))
     return '\n'.join(markdown_table(column_headings(scores), rows))
+
+# %% ../../nbs/51_report.tables.ipynb #037b
+CHOICE_COLUMNS = ['variant', 'seed', 'task', 'setting', 'split', 'candidate', 'metric', 'value', 'train', 'validate', 'chosen']
+
+def all_choices(
+    artifacts: Path, # folder of the stages' outputs
+    runs: list, # of (variant, task, seed)
+) -> pd.DataFrame: # with `CHOICE_COLUMNS`: a row for each candidate on each split
+    "The candidates of all finetuned networks; raises `InputError` where one was not trained."
+    tables = []
+    for variant, task, seed in runs:
+        folder = check_run(artifacts/'finetune'/f'{variant}-{task}-{seed}')
+        table = pd.read_csv(folder/'choices.csv')
+        if len(table):
+            tables.append(table.assign(variant=variant, task=task, seed=seed))
+    return _concat(tables, CHOICE_COLUMNS)
+
+# %% ../../nbs/51_report.tables.ipynb #037c
+CHOICE_HEADINGS = dict(task='task', candidate='candidate', score='on validation clips', clips='clips', chosen='chosen')
+
+def choices_table(
+    choices: pd.DataFrame, # as from `all_choices`
+) -> str: # Markdown; scores in percent, their mean over splits and seeds
+    "What was chosen on validation clips."
+    rows = []
+    for (variant, task, setting, candidate), own in choices.groupby(['variant', 'task', 'setting', 'candidate'], sort=False):
+        metric = MAIN_METRICS[own.metric.iloc[0]]
+        cells = dict(
+            task=TASK_NAMES.get(task, task), candidate=candidate, score=f'{100*own.value.mean():.1f} ({metric})',
+            clips=f'{own.validate.mean():.0f}', chosen=f'{own.chosen.sum()} of {len(own)}')
+        rows.append((row_name(VARIANT_NAMES.get(variant, variant), setting, 1), cells))
+    return '\n'.join(markdown_table(CHOICE_HEADINGS, rows, ('task', 'candidate', 'chosen')))
 
 # %% ../../nbs/51_report.tables.ipynb #039
 def pair_name(
