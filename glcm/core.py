@@ -45,12 +45,17 @@ def shown(
         return 'null'
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, float) and not math.isfinite(value):
-        return '.nan' if math.isnan(value) else '-.inf' if value < 0 else '.inf'
+    if isinstance(value, float) and math.isnan(value):
+        return '.nan'
+    if isinstance(value, float) and math.isinf(value):
+        return '.inf' if value > 0 else '-.inf'
     if isinstance(value, int) and abs(value) >= 10**18:
-        return f'a number of {int(value.bit_length()*math.log10(2)) + 1} digits'
+        digits = int(value.bit_length()*math.log10(2)) + 1
+        return f'a number of {digits} digits'
     text = repr(value)
-    return text if len(text) <= 60 else f'{text[:57]}...'
+    if len(text) > 60:
+        text = f'{text[:57]}...'
+    return text
 
 # %% ../nbs/00_core.ipynb #007
 def root(
@@ -88,11 +93,13 @@ def _text_of(path: Path) -> str:
 # %% ../nbs/00_core.ipynb #007c
 def _check_keys(node: yaml.MappingNode, path: Path):
     "Raise `InputError` where a section gives a name twice."
-    counts = Counter((key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode))
-    for (_, name), count in counts.items():
+    names = [(key.tag, key.value) for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+    line = node.start_mark.line + 1
+    for (_, name), count in Counter(names).items():
         if count > 1:
-            raise InputError(f'{path}, line {node.start_mark.line + 1}: {name!r} stands {count} times in one section')
+            raise InputError(f'{path}, line {line}: {name!r} stands {count} times in one section')
 
+# %% ../nbs/00_core.ipynb #74093159
 def _count_values(
     node: yaml.Node,
     path: Path, # the file, for messages
@@ -107,7 +114,8 @@ def _count_values(
         if isinstance(node, yaml.MappingNode):
             _check_keys(node, path)
             children = [child for pair in children for child in pair]
-        counts[id(node)] = 1 + sum(_count_values(child, path, above | {id(node)}, counts) for child in children)
+        around = above | {id(node)}
+        counts[id(node)] = 1 + sum(_count_values(child, path, around, counts) for child in children)
     return counts[id(node)]
 
 # %% ../nbs/00_core.ipynb #007d
@@ -123,9 +131,12 @@ def _load(text: str, path: Path):
 
 def _yaml_message(error: yaml.YAMLError) -> str:
     "What is wrong with a YAML text, on one line."
-    mark, problem = getattr(error, 'problem_mark', None), getattr(error, 'problem', None) or str(error)
-    tabs = '; indent with spaces, not with tabs' if "'\\t'" in problem else ''
-    return (f'line {mark.line + 1}: ' if mark else '') + ' '.join(problem.split()) + tabs
+    problem = getattr(error, 'problem', None) or str(error)
+    message = ' '.join(problem.split())
+    if "'\\t'" in problem:
+        message += '; indent with spaces, not with tabs'
+    mark = getattr(error, 'problem_mark', None)
+    return f'line {mark.line + 1}: {message}' if mark else message
 
 # %% ../nbs/00_core.ipynb #008
 def read_params(
@@ -169,6 +180,7 @@ def merge(
             raise InputError(f'{file} removes {name!r} by null, but params.yaml has none there')
     return merged
 
+# %% ../nbs/00_core.ipynb #726455b8
 def read_study(
     study: str, # whose changes stand in params.<study>.yaml
     folder: str | Path | None = None, # that holds both files; default: the repository
@@ -227,10 +239,13 @@ PATTERNS = {
 
 def _wish(error: dict) -> str:
     "What a value should be; empty where pydantic's own words have to do."
-    bounds = {name: int(bound) if isinstance(bound, float) and bound.is_integer() else bound
-              for name, bound in error.get('ctx', {}).items()}
+    bounds = dict(error.get('ctx', {}))
+    for name, bound in bounds.items():
+        if isinstance(bound, float) and bound.is_integer():
+            bounds[name] = int(bound) # 1, not 1.0
     if 'pattern' in bounds:
-        bounds['pattern'] = PATTERNS.get(bounds['pattern'], f'of the form {bounds["pattern"]}')
+        pattern = bounds['pattern']
+        bounds['pattern'] = PATTERNS.get(pattern, f'of the form {pattern}')
     return WISHES.get(error['type'], '').format(**bounds)
 
 # %% ../nbs/00_core.ipynb #013
@@ -249,11 +264,14 @@ def _names_at(kind, place: tuple) -> list[str]:
     names = [field.name for field in fields(kind)] if is_dataclass(kind) else list(kinds)
     return _names_at(kinds.get(place[0]), place[1:]) if place else names
 
+# %% ../nbs/00_core.ipynb #a3e2da63
 def _place(error: dict, values) -> tuple:
     "Where an error is in `values`: pydantic's own place, without the names that it gives to the members of a union."
     place = []
+    last = error['loc'][-1] if error['loc'] else None
     for part in error['loc']:
-        if isinstance(values, dict) and part not in values and part != error['loc'][-1]:
+        is_member = isinstance(values, dict) and part not in values and part != last
+        if is_member:
             continue
         place.append(part)
         try:
@@ -264,37 +282,71 @@ def _place(error: dict, values) -> tuple:
 
 def _address(name: str, place: tuple) -> str:
     "Section and parameter as people write them: loss.temperature, grid.seeds[0]."
-    text = ''.join(f'[{part}]' if isinstance(part, int) else f'.{part}' for part in place if part != '[key]')
-    return f'{name}{text}' if name else text.removeprefix('.')
+    text = name
+    for part in place:
+        if isinstance(part, int):
+            text += f'[{part}]'
+        elif part != '[key]': # pydantic's mark of a name
+            text += f'.{part}'
+    return text if name else text.removeprefix('.')
 
 # %% ../nbs/00_core.ipynb #013a
 UNKNOWN = 'unexpected_keyword_argument', 'extra_forbidden' # how pydantic calls a parameter that there is not
 
-def _sentence(error: dict, kind, values, name: str) -> str:
-    "One of pydantic's errors in our words."
-    place, value = _place(error, values), shown(error['input'])
-    where, above = _address(name, place), _address(name, place[:-1]) or 'the file'
+def _unknown(
+    kind, # the type of the whole section
+    place: tuple, # of the unknown parameter
+    above: str, # address of the section that it is in
+) -> str:
+    "That there is no such parameter, and which one may be meant."
+    name = place[-1]
+    names = list(dict.fromkeys(_names_at(kind, place[:-1]))) # each once
+    close = get_close_matches(str(name), names, 1)
+    remedy = f'; it takes: {", ".join(names)}'
+    if close:
+        remedy = f': did you mean {close[0]!r}?'
+    return f'{above} has no parameter {name!r}{remedy}'
+
+def _wrong_name(error: dict, kind, place: tuple, above: str) -> str | None:
+    "A mistake in a name: unknown, missing or no text; None where the mistake is in a value."
     if error['type'] in UNKNOWN:
-        names = list(dict.fromkeys(_names_at(kind, place[:-1])))
-        close = get_close_matches(str(place[-1]), names, 1)
-        remedy = f': did you mean {close[0]!r}?' if close else f'; it takes: {", ".join(names)}'
-        return f'{above} has no parameter {place[-1]!r}{remedy}'
+        return _unknown(kind, place, above)
     if error['type'] == 'missing':
         return f'{above} lacks {place[-1]!r}: add it'
-    if error['type'] == 'union_tag_not_found':
-        return f"{where} lacks {error['ctx']['discriminator']}: add it"
     if error['type'] == 'invalid_key':
-        return f'{above} has the key {value}, which should be a text'
-    if error['type'] == 'value_error':
-        message = str(error['ctx']['error'])
-        return message if not where or where in message else f'{where}: {message}'
+        return f"{above} has the key {shown(error['input'])}, which should be a text"
+    return None
+
+# %% ../nbs/00_core.ipynb #ffb95b29
+def _wrong_value(
+    error: dict,
+    place: tuple, # of the value in the section
+    name: str, # of the section
+) -> str:
+    "What a value should be, and what it is."
+    where, value = _address(name, place), shown(error['input'])
+    context = error.get('ctx', {})
+    if error['type'] == 'union_tag_not_found':
+        return f"{where} lacks {context['discriminator']}: add it"
+    if error['type'] == 'value_error': # from our own __post_init__
+        message = str(context['error'])
+        return message if where in message else f'{where}: {message}'
     if error['type'] == 'union_tag_invalid':
-        where, value = f"{where}.{error['ctx']['discriminator'][1:-1]}", repr(error['ctx']['tag'])
+        tag = context['discriminator'][1:-1] # without its quotes
+        where, value = f'{where}.{tag}', repr(context['tag'])
     if place and place[-1] == '[key]':
         where = f'a name in {_address(name, place[:-2])}'
-    if not (wish := _wish(error)):
-        return f'{where or "the file"}: {error["msg"]}'
-    return f'{where or "the file"} should be {wish}, not {value}{_hint(error)}'
+    where = where or 'the file'
+    wish = _wish(error)
+    if not wish:
+        return f'{where}: {error["msg"]}'
+    return f'{where} should be {wish}, not {value}{_hint(error)}'
+
+def _sentence(error: dict, kind, values, name: str) -> str:
+    "One of pydantic's errors in our words."
+    place = _place(error, values)
+    above = _address(name, place[:-1]) or 'the file'
+    return _wrong_name(error, kind, place, above) or _wrong_value(error, place, name)
 
 # %% ../nbs/00_core.ipynb #013c
 STRICT = ConfigDict(extra='forbid', allow_inf_nan=False)
@@ -410,27 +462,39 @@ def atomic_path(
         shutil.rmtree(scratch, ignore_errors=True)
 
 # %% ../nbs/00_core.ipynb #024
+def _can_be_a_name(text: str) -> bool:
+    "Whether a file can be called so."
+    try:
+        return b'\0' not in os.fsencode(text)
+    except UnicodeEncodeError:
+        return False
+
+def _relative_to(
+    folder: Path,
+    path: str, # absolute, without `..`
+) -> str: # begins with `..` where the path is not in the folder
+    "A path from a folder, which may be written with the folder's own links, or without them."
+    homes = [os.path.abspath(folder), os.path.realpath(folder)]
+    for home in homes:
+        if Path(path).is_relative_to(home):
+            return os.path.relpath(path, home)
+    return os.path.relpath(path, homes[0])
+
+# %% ../nbs/00_core.ipynb #5a722900
 def inside(
     folder: str | Path, # the folder that must not be left
     name: str | Path, # a path as found in a file: relative, or absolute and below `folder`
 ) -> Path: # folder/name, without `..`
     "`folder/name`, or an `InputError` if `name`, as it is written, leads out of `folder`; symbolic links are followed."
-    path, name = Path(folder), os.fspath(name)
-    written = name
-    try:
-        possible = b'\0' not in os.fsencode(name)
-    except UnicodeEncodeError:
-        possible = False
-    if not possible:
+    name = os.fspath(name)
+    if not _can_be_a_name(name):
         raise InputError(f'{name!r} is no name of a file')
-    if os.path.isabs(name): # may be written with the folder's own links, or without
-        homes = [os.path.abspath(path), os.path.realpath(path)]
-        home = next((h for h in homes if Path(os.path.normpath(name)).is_relative_to(h)), homes[0])
-        name = os.path.relpath(name, home)
-    name = os.path.normpath(name)
-    if name.split(os.sep)[0] == os.pardir:
-        raise InputError(f'{written!r} points outside of {folder}')
-    return path/name
+    relative = os.path.normpath(name)
+    if os.path.isabs(name):
+        relative = _relative_to(Path(folder), relative)
+    if relative.split(os.sep)[0] == os.pardir:
+        raise InputError(f'{name!r} points outside of {folder}')
+    return Path(folder)/relative
 
 # %% ../nbs/00_core.ipynb #027
 def progress(
@@ -449,9 +513,13 @@ def generator(
     *names, # what the numbers are for: seed, then e.g. 'epoch', 3, 'clip', 17
 ) -> np.random.Generator:
     "A random generator that depends on nothing but `names`."
-    words = [int.from_bytes(str(n).encode(), 'little') for n in names]
-    return np.random.default_rng(np.random.SeedSequence([w for word in words for w in (word, 0x9e3779b9)]))
+    entropy = []
+    for name in names:
+        word = int.from_bytes(str(name).encode(), 'little')
+        entropy += [word, 0x9e3779b9] # ends a name, which may be several words long
+    return np.random.default_rng(np.random.SeedSequence(entropy))
 
+# %% ../nbs/00_core.ipynb #7dfec494
 def seed_everything(
     seed: int, # the run's seed
 ):

@@ -76,6 +76,7 @@ def reduce_scatter(
         dist.reduce_scatter_tensor(out, x.contiguous())
     return out
 
+# %% ../nbs/05_distributed.ipynb #cdc4ed58
 @patch
 def mean(
     self: Ranks,
@@ -89,6 +90,7 @@ def mean(
         dist.all_reduce(x)
     return x/self.size
 
+# %% ../nbs/05_distributed.ipynb #6af66e92
 @patch
 def limit_waiting(
     self: Ranks,
@@ -135,6 +137,7 @@ def ranks_from_environment() -> Ranks:
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
     return Ranks(rank, size, local_rank)
 
+# %% ../nbs/05_distributed.ipynb #6731d121
 @contextmanager
 def process_group(
     timeout: float = 1800, # seconds after which a rank that does not answer is given up; a start may take minutes
@@ -179,12 +182,16 @@ def torchrun_command(
     restarts: int, # how often all are started again after a failure
 ) -> list[str]:
     "The command line of `torchrun` on one machine."
-    options = ['--standalone', f'--nproc-per-node={processes}', f'--max-restarts={restarts}',
-               '--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1']
+    options = [
+        '--standalone',
+        f'--nproc-per-node={processes}',
+        f'--max-restarts={restarts}',
+        '--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1']
     program = (f'from glcm.processes import end_with_parent; end_with_parent({os.getpid()}); '
                'from torch.distributed.run import main; main()')
     return [sys.executable, '-c', program, *options, *arguments]
 
+# %% ../nbs/05_distributed.ipynb #68f74884
 def launch(
     arguments: list[str], # what each process runs: a script or `-m` and a module, and its arguments
     processes: int, # on this machine, one for each GPU

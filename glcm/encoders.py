@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['SPATIAL_STAGES', 'TEMPORAL_STAGES', 'CONV', 'STEM', 'NORM', 'POOL', 'KERNELS', 'STAGES', 'LAYERS', 'stage_strides',
-           'FramesConv3d', 'space_to_depth', 'StemConv3d', 'RanksBatchNorm', 'SignalBatchNorm', 'FramesBatchNorm',
-           'BasicBlock', 'stem_kernel', 'ResNet18', 'frozen_statistics', 'update_statistics_once', 'recomputed',
-           'video_resnet18', 'audio_resnet18', 'clip_count', 'reset_batchnorm_statistics']
+           'FramesConv3d', 'space_to_depth', 'StemConv3d', 'channel_sums', 'scale_channels', 'RanksBatchNorm',
+           'SignalBatchNorm', 'FramesBatchNorm', 'BasicBlock', 'stem_kernel', 'residual_layer', 'draw_convolutions',
+           'ResidualNetwork', 'ResNet18', 'frozen_statistics', 'update_statistics_once', 'recomputed', 'video_resnet18',
+           'audio_resnet18', 'clip_count', 'reset_batchnorm_statistics']
 
 # %% ../nbs/01_encoders.ipynb #002
 from collections.abc import Callable, Iterable
@@ -53,7 +54,9 @@ class FramesConv3d(nn.Conv3d):
         "Of a single frame: the other slices of the kernel would meet nothing but padding."
         middle = self.kernel_size[0]//2
         weight = self.weight[:, :, middle:middle + 1]
-        return F.conv3d(x, weight, self.bias, (1, *self.stride[1:]), (0, *self.padding[1:]))
+        stride = 1, *self.stride[1:]
+        padding = 0, *self.padding[1:]
+        return F.conv3d(x, weight, self.bias, stride, padding)
 
     def _padded_beforehand(self, x):
         "Of few frames on a CPU: oneDNN's bfloat16 gradients are wrong where it pads them itself."
@@ -69,6 +72,7 @@ def space_to_depth(
     squares = x.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)) # (B, C, T, h, 2, w, 2)
     return squares.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).movedim(4, 1)
 
+# %% ../nbs/01_encoders.ipynb #ddec39d2
 class StemConv3d(FramesConv3d):
     "The first convolution, which a GPU computes over squares of 2x2 pixels where its stride is 2."
     def forward(self, x):
@@ -78,13 +82,33 @@ class StemConv3d(FramesConv3d):
 
     def _over_squares(self, x):
         "The same numbers, from a kernel with one more row and column, of zeros: it begins with a whole square."
-        padding = self.padding[1]
-        before, after = padding + 1, padding - 1
         height, width = x.shape[3:]
-        x = F.pad(x, (before, after + width % 2, before, after + height % 2))
-        weight = F.pad(self.weight, (1, 0, 1, 0))
-        stride, time = (self.stride[0], 1, 1), (self.padding[0], 0, 0)
-        return F.conv3d(space_to_depth(x), space_to_depth(weight), self.bias, stride, time)
+        before, after = self.padding[1] + 1, self.padding[1] - 1
+        left_right = before, after + width % 2
+        top_bottom = before, after + height % 2
+        squares = space_to_depth(F.pad(x, (*left_right, *top_bottom)))
+        weight = space_to_depth(F.pad(self.weight, (1, 0, 1, 0)))
+        stride = self.stride[0], 1, 1
+        padding = self.padding[0], 0, 0
+        return F.conv3d(squares, weight, self.bias, stride, padding)
+
+# %% ../nbs/01_encoders.ipynb #636b1c1d
+def channel_sums(
+    x: torch.Tensor, # (B, C, ...)
+) -> torch.Tensor: # (3, C)
+    "Of each channel: the sum of its values, the sum of their squares, and how many there are."
+    others = [0, *range(2, x.ndim)]
+    count = x.new_full((x.shape[1],), x.numel()//x.shape[1])
+    return torch.stack([x.sum(others), x.square().sum(others), count])
+
+def scale_channels(
+    x: torch.Tensor, # (B, C, ...)
+    scale: torch.Tensor, # (C,)
+    shift: torch.Tensor, # (C,)
+) -> torch.Tensor: # (B, C, ...)
+    "Each channel times its scale, plus its shift."
+    shape = 1, -1, *[1]*(x.ndim - 2)
+    return x*scale.view(shape) + shift.view(shape)
 
 # %% ../nbs/01_encoders.ipynb #a1f0c002
 class RanksBatchNorm(_BatchNorm):
@@ -97,35 +121,33 @@ class RanksBatchNorm(_BatchNorm):
         return super().forward(x)
 
     def _over_ranks(self, x):
-        "Mean and variance of all ranks' clips come from one mean of sums; ranks may have clips of different length."
+        "As one process with the clips of all ranks would normalise them."
         values = x.to(torch.promote_types(x.dtype, torch.float32))
-        every = [0, *range(2, x.ndim)]
-        own_count = values.new_full((x.shape[1],), x.numel()//x.shape[1])
-        sums = torch.stack([values.sum(every), values.square().sum(every), own_count])
-        total, squares, count = mean_over_ranks(sums, self.ranks.size)
+        total, squares, count = mean_over_ranks(channel_sums(values), self.ranks.size)
         mean = total/count
         variance = (squares/count - mean.square()).clamp(min=0)
         self._update(mean.detach(), variance.detach(), self.ranks.size*count.detach())
         scale, shift = (variance + self.eps).rsqrt(), 0
         if self.affine:
             scale, shift = self.weight*scale, self.bias
-        shape = 1, -1, *[1]*(x.ndim - 2)
-        y = values*scale.view(shape) + (shift - mean*scale).view(shape)
-        return y.to(x.dtype)
+        return scale_channels(values, scale, shift - mean*scale).to(x.dtype)
 
     def _update(self, mean, variance, count):
         "The running statistics, after a batch of so many numbers for each channel."
+        unbiased = variance*count/(count - 1)
         self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-        self.running_var.lerp_((variance*count/(count - 1)).to(self.running_var.dtype), self.momentum)
+        self.running_var.lerp_(unbiased.to(self.running_var.dtype), self.momentum)
 
+# %% ../nbs/01_encoders.ipynb #1ea588d6
 class SignalBatchNorm(RanksBatchNorm, nn.BatchNorm1d):
     "Batch norm over (B, C) or (B, C, N)."
 
 class FramesBatchNorm(RanksBatchNorm, nn.BatchNorm3d):
-    "Batch norm over (B, C, T, H, W), with frames one below the other: PyTorch is slow in five dimensions on a GPU."
+    "Batch norm over (B, C, T, H, W)."
     def forward(self, x):
-        return super().forward(x.flatten(2, 3)).unflatten(2, x.shape[2:4])
+        rows = x.flatten(2, 3) # (B, C, T*H, W)
+        return super().forward(rows).unflatten(2, x.shape[2:4])
 
     def _check_input_dim(self, x):
         "Four dimensions are right here."
@@ -180,38 +202,32 @@ def stem_kernel(
     time, space = kernel
     return (space,) if dims == 1 else (time, space, space)
 
-# %% ../nbs/01_encoders.ipynb #010
-class ResNet18(nn.Module):
-    "ResNet-18 in 1 or 3 dimensions without its classifier: (B, in_channels, ...) -> (B, 8 * width, ...)."
-    def __init__(
-        self,
-        dims: int, # 1 for audio, 3 for frames
-        in_channels: int,
-        width: int, # channels of the first layer; 64 in the paper
-        strides: dict, # stage -> one number per dimension; 1 where a stage is missing
-        kernels: dict, # stage -> widths, as in `KERNELS`
-    ):
-        super().__init__()
-        if width < 1:
-            raise InputError(f'an encoder of width {width} is impossible: choose 1 or more')
-        self.channels = 8*width # channels of the features
-        self.recompute = False # whether activations are computed again in the backward pass, see below
-        stem, pool = stem_kernel(kernels['conv1'], dims), stem_kernel(kernels['pool'], dims)
-        padding = [k//2 for k in stem]
-        self.conv1 = STEM[dims](in_channels, width, stem, strides['conv1'], padding=padding, bias=False)
-        self.bn1 = NORM[dims](width)
-        self.relu = nn.ReLU(inplace=True)
-        self.pool = POOL[dims](pool, strides['pool'], padding=[k//2 for k in pool])
-        unit = (1,)*dims
-        channels = width
-        for stage, factor in dict(layer1=1, layer2=2, layer3=4, layer4=8).items():
-            first = BasicBlock(dims, channels, factor*width, strides.get(stage, unit), kernels[stage])
-            second = BasicBlock(dims, factor*width, factor*width, unit, kernels[stage])
-            self.add_module(stage, nn.Sequential(first, second))
-            channels = factor*width
-        for module in self.modules():
-            if isinstance(module, CONV[dims]):
-                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+# %% ../nbs/01_encoders.ipynb #c82d8cf2
+def residual_layer(
+    dims: int, # 1 for audio, 3 for frames
+    in_channels: int,
+    out_channels: int,
+    stride: tuple, # of the first block, one number per dimension
+    kernels: tuple, # widths of the two convolutions of a block
+) -> nn.Sequential:
+    "Two residual blocks, the first of which carries the stride."
+    first = BasicBlock(dims, in_channels, out_channels, stride, kernels)
+    second = BasicBlock(dims, out_channels, out_channels, (1,)*dims, kernels)
+    return nn.Sequential(first, second)
+
+def draw_convolutions(
+    network: nn.Module, # whose weights are drawn
+    kind: type, # of convolution
+):
+    "Draw the weights of all convolutions of a kind from Kaiming's normal distribution."
+    for module in network.modules():
+        if isinstance(module, kind):
+            nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+
+# %% ../nbs/01_encoders.ipynb #ad05ef08
+class ResidualNetwork(nn.Module):
+    "A stem (`conv1`, `bn1`, `relu` and `pool`) and residual layers, one after the other."
+    recompute = False # whether activations are computed again in the backward pass, see below
 
     def stem(self, x):
         return self.pool(self.relu(self.bn1(self.conv1(x))))
@@ -225,16 +241,41 @@ class ResNet18(nn.Module):
         outputs = {}
         for name in ('stem', *LAYERS):
             stage = getattr(self, name)
-            if self.recompute and torch.is_grad_enabled():
-                x = recomputed(self, stage, x)
-            else:
-                x = stage(x)
+            saves_memory = self.recompute and torch.is_grad_enabled()
+            x = recomputed(self, stage, x) if saves_memory else stage(x)
             if name in names:
                 outputs[name] = x
         return outputs
 
     def forward(self, x):
         return self.stage_outputs(x, ('layer4',))['layer4']
+
+# %% ../nbs/01_encoders.ipynb #010
+class ResNet18(ResidualNetwork):
+    "ResNet-18 in 1 or 3 dimensions without its classifier: (B, in_channels, ...) -> (B, 8 * width, ...)."
+    def __init__(
+        self,
+        dims: int, # 1 for audio, 3 for frames
+        in_channels: int,
+        width: int, # channels of the first layer; 64 in the paper
+        strides: dict, # stage -> one number per dimension; 1 where a stage is missing
+        kernels: dict, # stage -> widths, as in `KERNELS`
+    ):
+        super().__init__()
+        if width < 1:
+            raise InputError(f'an encoder of width {width} is impossible: choose 1 or more')
+        self.channels = 8*width # channels of the features
+        stem, pool = stem_kernel(kernels['conv1'], dims), stem_kernel(kernels['pool'], dims)
+        half_stem, half_pool = [k//2 for k in stem], [k//2 for k in pool]
+        self.conv1 = STEM[dims](in_channels, width, stem, strides['conv1'], padding=half_stem, bias=False)
+        self.bn1 = NORM[dims](width)
+        self.relu = nn.ReLU(inplace=True)
+        self.pool = POOL[dims](pool, strides['pool'], padding=half_pool)
+        channels = [width, width, 2*width, 4*width, 8*width]
+        for layer, before, after in zip(LAYERS, channels, channels[1:]):
+            stride = strides.get(layer, (1,)*dims)
+            self.add_module(layer, residual_layer(dims, before, after, stride, kernels[layer]))
+        draw_convolutions(self, CONV[dims])
 
 # %% ../nbs/01_encoders.ipynb #018b
 @contextmanager
@@ -254,6 +295,7 @@ def frozen_statistics(
         for norm, name, buffer in kept:
             setattr(norm, name, buffer)
 
+# %% ../nbs/01_encoders.ipynb #ec531537
 def update_statistics_once(
     model: nn.Module, # whose batch norms are meant
     stage: Callable, # a part of it
@@ -272,7 +314,7 @@ def recomputed(
     x: torch.Tensor, # its input
 ) -> torch.Tensor:
     "What `stage` makes of `x`, to be computed again in the backward pass."
-    if not torch.compiler.is_compiling(): # a compiled backward pass writes no statistics
+    if not torch.compiler.is_compiling():
         stage = update_statistics_once(model, stage)
     return checkpoint(stage, x, use_reentrant=False)
 

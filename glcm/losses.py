@@ -76,9 +76,12 @@ def anchor_blocks(
         stop = min(start + size, len(anchors))
         own_start = max(start, first)
         own_stop = max(own_start, min(stop, first + n))
+        rows = slice(start, stop)
         own_rows = slice(own_start - start, own_stop - start)
-        yield Block(slice(start, stop), own_rows, slice(own_start - first, own_stop - first))
+        own_bags = slice(own_start - first, own_stop - first)
+        yield Block(rows, own_rows, own_bags)
 
+# %% ../nbs/03_losses.ipynb #7c7892c7
 def own_scores(
     scores: torch.Tensor, # (r, ..., n), anchors of a block by bags
     part: Block, # which anchors these are
@@ -137,6 +140,7 @@ def negative_gradient(
     weight = (lower - rows[:, None]).exp() + (lower - columns).exp()
     return scores.sub_(lower.unsqueeze(1)).exp_().mul_(weight.unsqueeze(1))
 
+# %% ../nbs/03_losses.ipynb #12d0a960
 def score_gradient(
     scores: torch.Tensor, # (r, g, n), overwritten
     part: Block, # which anchors these are
@@ -145,9 +149,10 @@ def score_gradient(
 ) -> torch.Tensor: # (r, g, n)
     "n times the gradient of the mean loss by the scores of a block."
     positives, losses, denominators, all_denominators = saved
-    within_bag = (own_scores(scores, part) - positives[part.own_bags]).exp()
+    within_bag = (own_scores(scores, part) - positives[part.own_bags]).exp() # exp(s - p)
+    weight = count*(-losses[part.own_bags]).exp() - 1 # c exp(p - d) - 1
     gradient = negative_gradient(scores, all_denominators[part.rows], denominators)
-    own_scores(gradient, part).copy_(within_bag*(count*(-losses[part.own_bags]).exp() - 1))
+    own_scores(gradient, part).copy_(within_bag*weight)
     return gradient
 
 # %% ../nbs/03_losses.ipynb #009g
@@ -157,7 +162,8 @@ class StreamedMILNCE(torch.autograd.Function):
     def forward(ctx, anchors, bags, block, count, ranks):
         anchors = ranks.all_gather(anchors)
         positives, negatives = streamed_log_sums(anchors, bags, block, ranks)
-        losses = torch.logaddexp(torch.full_like(positives, math.log(count)), negatives - positives)
+        log_count = torch.full_like(positives, math.log(count))
+        losses = torch.logaddexp(log_count, negatives - positives)
         all_denominators = ranks.all_gather(positives + losses)
         ctx.save_for_backward(anchors, bags, positives, losses, all_denominators)
         ctx.block, ctx.count, ctx.ranks = block, count, ranks
@@ -169,15 +175,18 @@ class StreamedMILNCE(torch.autograd.Function):
         anchors, bags, positives, losses, all_denominators = ctx.saved_tensors
         n = len(positives)
         first = ctx.ranks.rank*n
-        saved = positives, losses, all_denominators[first:first + n], all_denominators
+        denominators = all_denominators[first:first + n]
+        saved = positives, losses, denominators, all_denominators
         grad_anchors, grad_bags = torch.empty_like(anchors), torch.zeros_like(bags)
+        candidates = bags.flatten(0, 1) # (g*n, D)
+        grad_candidates = grad_bags.view(candidates.shape)
         with torch.autocast(anchors.device.type, enabled=False):
             for part in anchor_blocks(anchors, first, n, ctx.block):
                 scores = block_scores(anchors[part.rows], bags)
                 gradient = score_gradient(scores, part, saved, ctx.count)
-                gradient = gradient.flatten(1).mul_(grad/n)
-                grad_anchors[part.rows] = gradient @ bags.flatten(0, 1)
-                grad_bags.view(-1, bags.shape[2]).addmm_(gradient.T, anchors[part.rows])
+                gradient = gradient.flatten(1).mul_(grad/n) # (r, g*n)
+                grad_anchors[part.rows] = gradient @ candidates
+                grad_candidates.addmm_(gradient.T, anchors[part.rows])
         return ctx.ranks.reduce_scatter(grad_anchors), grad_bags, None, None, None
 
 # %% ../nbs/03_losses.ipynb #011
@@ -192,6 +201,7 @@ def default_block(
     scores = 2**19 if device.type == 'cpu' else 2**24
     return max(32, scores//candidates)
 
+# %% ../nbs/03_losses.ipynb #36b8d75e
 def streamed_mil_nce(
     anchors: torch.Tensor, # (n, D)
     bags: torch.Tensor, # (g, n, D), the g candidates of each anchor
@@ -264,4 +274,5 @@ class LossConfig:
     normalize: StrictBool # as model.normalize: embeddings, and averages of them, have length one
     block: Count # anchors of the local loss in memory at once; 0: a few MB of them
     negatives: Literal['batch', 'world'] # clips compared with: those of this process, or of all of them
-    silence: Annotated[StrictFloat, Field(ge=0, le=1000)] = 0.0 # weight of silence and noise as further negatives; not in the paper
+    # weight of silence and noise as further negatives; not in the paper
+    silence: Annotated[StrictFloat, Field(ge=0, le=1000)] = 0.0

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Size', 'Length', 'Stride', 'KINETICS_MEAN', 'KINETICS_STD', 'PARTS', 'ATTENTION_PARTS', 'ModelConfig', 'Embeddings',
-           'ListeningEmbeddings', 'projection_head', 'normalize_frames', 'GLCM', 'mean_slices', 'glcm_loss']
+           'ListeningEmbeddings', 'projection_head', 'normalize_frames', 'visual_encoders', 'GLCM', 'mean_slices',
+           'glcm_loss']
 
 # %% ../nbs/04_model.ipynb #002
 from collections.abc import Iterable
@@ -31,14 +32,16 @@ Stride = Annotated[StrictInt, Field(ge=1, le=1_024)]
 class ModelConfig:
     "What the network is: the `model` section of params.yaml."
     encoders: Literal['r3d', 'slow_fast'] # two 3D-ResNet-18, or the thinner networks of the released code
-    width: Annotated[StrictInt, Field(ge=1, le=4_096)] # channels of each encoder's first layer; 64 in the paper; an eighth of it in the fast network
+    # channels of each encoder's first layer; 64 in the paper; an eighth of it in the fast network
+    width: Annotated[StrictInt, Field(ge=1, le=4_096)]
     embedding: Size # size D of the embeddings
     local_embedding: Annotated[StrictInt, Field(ge=0, le=65_536)] # size D of the local ones; 0: the same
     bands: Annotated[StrictInt, Field(ge=1, le=1_024)] # mel bands F
     global_frames: Length # frames of the global view, evenly spaced over the clip
     slices_per_step: Length # audio slices M per visual step
     mel_per_step: Annotated[StrictInt, Field(ge=1, le=100_000)] # mel frames per visual step
-    grid: Annotated[StrictInt, Field(ge=0, le=1_024)] # side of the global feature grid, cells; 0: as the encoder gives it
+    # side of the global feature grid, cells; 0: as the encoder gives it
+    grid: Annotated[StrictInt, Field(ge=0, le=1_024)]
     global_stride: Stride # spatial stride of the global encoder, pixels per cell
     local_stride: Stride # spatial stride of the local encoder, pixels per cell
     projection: Literal['none', 'linear', 'mlp'] # from features to embeddings
@@ -92,6 +95,7 @@ class ListeningEmbeddings(NamedTuple):
     video_local: torch.Tensor | None # (B, D, T); None without the local pathway
     audio_nothing: torch.Tensor # (B, D) of silence or noise
 
+# %% ../nbs/04_model.ipynb #c7a0e771
 def projection_head(
     kind: Literal['none', 'linear', 'mlp'], # nothing, one convolution of width 1, or two around a ReLU
     channels: int, # of the features
@@ -117,25 +121,32 @@ def normalize_frames(
     "Frames as the encoders take them, of about zero mean and unit variance."
     return (video.to(mean.dtype)/255 - mean)/std
 
-# %% ../nbs/04_model.ipynb #014
+# %% ../nbs/04_model.ipynb #de7ae08a
 PARTS = 'global', 'local', 'audio', 'projections' # of the network: its encoders, and what makes embeddings comparable
 ATTENTION_PARTS = 'global', 'audio', 'projections' # those that make the attention map
 
+def visual_encoders(
+    config: ModelConfig,
+) -> tuple: # the global and the local encoder
+    "The two visual encoders (Section 4), or the thinner ones of the released code."
+    if config.encoders == 'r3d':
+        global_encoder = video_resnet18(config.width, spatial_stride=config.global_stride)
+        local_encoder = video_resnet18(config.width, 1, config.local_stride)
+    else:
+        global_encoder = video_resnet18(config.width, 1, config.global_stride, 'slow')
+        local_encoder = video_resnet18(config.width//8, 1, config.local_stride, 'fast')
+    return global_encoder, local_encoder
+
+# %% ../nbs/04_model.ipynb #014
 class GLCM(nn.Module):
     "The network of Figure 2: frames and audio of clips to global and local embeddings."
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.trained = PARTS # the parts that pretraining has trained; the others have random weights
-        width = config.width
-        if config.encoders == 'r3d':
-            self.global_encoder = video_resnet18(width, spatial_stride=config.global_stride)
-            self.local_encoder = video_resnet18(width, 1, config.local_stride)
-        else:
-            self.global_encoder = video_resnet18(width, 1, config.global_stride, 'slow')
-            self.local_encoder = video_resnet18(width//8, 1, config.local_stride, 'fast')
+        self.global_encoder, self.local_encoder = visual_encoders(config)
         slice_length = config.mel_per_step//config.slices_per_step
-        self.audio_encoder = audio_resnet18(width, config.bands, slice_length)
+        self.audio_encoder = audio_resnet18(config.width, config.bands, slice_length)
         audio, local = self.audio_encoder.channels, config.local_embedding or config.embedding
         self.project = nn.ModuleDict(dict(
             audio_global=projection_head(config.projection, audio, config.embedding),
@@ -151,7 +162,8 @@ class GLCM(nn.Module):
         z = self.project[name](positions).unflatten(2, features.shape[2:])
         if not self.config.normalize:
             return z
-        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+        precision = torch.promote_types(z.dtype, torch.float32)
+        return F.normalize(z.to(precision), dim=1)
 
 # %% ../nbs/04_model.ipynb #014b
 @patch
@@ -199,24 +211,52 @@ def local_pathway(
     z_v = self.embed('video_local', self.local_features(frames, attention))
     return z_a, z_v
 
-# %% ../nbs/04_model.ipynb #014f
+# %% ../nbs/04_model.ipynb #3fdbbde5
+@patch
+def embed_views(
+    self: GLCM,
+    frames: torch.Tensor, # (B, 3, T, h, w) normalised
+    audio_features: torch.Tensor, # (B, C, T*M)
+    local: bool, # whether to compute the local pathway
+) -> Embeddings:
+    "The global pathway and, with its attention, the local one."
+    audio_global, video_global, attention = self.global_pathway(frames, audio_features)
+    if not local:
+        return Embeddings(audio_global, video_global, attention, None, None)
+    audio_local, video_local = self.local_pathway(frames, audio_features, attention)
+    return Embeddings(audio_global, video_global, attention, audio_local, video_local)
+
+# %% ../nbs/04_model.ipynb #3eb5304f
 @patch
 def check(self: GLCM, video, audio):
     "Raise `InputError` unless the frames and the audio are views of one time span."
-    c = self.config
-    if video.ndim != 5 or video.shape[1] != 3 or video.dtype != torch.uint8:
+    is_video = video.ndim == 5 and video.shape[1] == 3 and video.dtype == torch.uint8
+    if not is_video:
         raise InputError(f'video should be (B, 3, T, h, w) uint8, not {tuple(video.shape)} {video.dtype}')
-    if audio.ndim != 3 or audio.shape[1] != c.bands or len(audio) != len(video):
-        raise InputError(f'audio should be ({len(video)}, {c.bands}, N), not {tuple(audio.shape)}')
+    clips, bands = len(video), self.config.bands
+    fits = audio.ndim == 3 and audio.shape[1] == bands and len(audio) == clips
+    if not fits:
+        raise InputError(f'audio should be ({clips}, {bands}, N), not {tuple(audio.shape)}')
     frames, height, width = video.shape[2:]
     if min(height, width) < 32:
         raise InputError(f'frames of {height}x{width} are too small: 32x32 is the least')
-    if frames % c.global_frames:
-        raise InputError(f'{c.global_frames} frames of the global view do not spread evenly over {frames}')
-    if audio.shape[2] != c.mel_per_step*frames:
-        raise InputError(f'{frames} frames need {c.mel_per_step} * {frames} = {c.mel_per_step*frames} '
-                         f'mel frames, not {audio.shape[2]}')
+    self._check_lengths(frames, audio.shape[2])
 
+@patch
+def _check_lengths(
+    self: GLCM,
+    frames: int, # T
+    mel_frames: int, # N
+):
+    "Raise `InputError` unless the global view is even, and the audio as long as the frames."
+    global_frames, mel_per_step = self.config.global_frames, self.config.mel_per_step
+    if frames % global_frames:
+        raise InputError(f'{global_frames} frames of the global view do not spread evenly over {frames}')
+    needed = mel_per_step*frames
+    if mel_frames != needed:
+        raise InputError(f'{frames} frames need {mel_per_step} * {frames} = {needed} mel frames, not {mel_frames}')
+
+# %% ../nbs/04_model.ipynb #014f
 @patch
 def forward(
     self: GLCM,
@@ -234,20 +274,6 @@ def forward(
     embeddings = self.embed_views(frames, audio_features, local)
     mean_features = nothing_features.mean(-1, keepdim=True)
     return ListeningEmbeddings(*embeddings, self.embed('audio_global', mean_features).squeeze(-1))
-
-@patch
-def embed_views(
-    self: GLCM,
-    frames: torch.Tensor, # (B, 3, T, h, w) normalised
-    audio_features: torch.Tensor, # (B, C, T*M)
-    local: bool, # whether to compute the local pathway
-) -> Embeddings:
-    "The global pathway and, with its attention, the local one."
-    audio_global, video_global, attention = self.global_pathway(frames, audio_features)
-    if not local:
-        return Embeddings(audio_global, video_global, attention, None, None)
-    audio_local, video_local = self.local_pathway(frames, audio_features, attention)
-    return Embeddings(audio_global, video_global, attention, audio_local, video_local)
 
 # %% ../nbs/04_model.ipynb #014i
 @patch
@@ -280,6 +306,7 @@ def mean_slices(
     means = slices.unflatten(2, (steps, -1)).mean(-1)
     return F.normalize(means, dim=1) if normalize else means
 
+# %% ../nbs/04_model.ipynb #43efe518
 def glcm_loss(
     embeddings: Embeddings, # of this rank's clips
     config: LossConfig, # how they are compared

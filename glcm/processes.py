@@ -40,6 +40,7 @@ def _is_at(
     except FileNotFoundError:
         return False
 
+# %% ../nbs/06_processes.ipynb #e4cce966
 def _lock(
     path: Path, # the lock file
 ): # the open file; None where another process holds it
@@ -81,7 +82,8 @@ def _locked(
     output: Path, # absolute path of a file or folder
 ):
     "Hold the lock of one output while the block lasts."
-    path, deadline = output.with_name(f'.{output.name}.lock'), time.monotonic() + PATIENCE
+    path = output.with_name(f'.{output.name}.lock')
+    deadline = time.monotonic() + PATIENCE
     path.parent.mkdir(parents=True, exist_ok=True)
     with _changing:
         if path in _held:
@@ -107,7 +109,8 @@ def remove_partials(
     output: Path, # whose lock is held
 ):
     "Remove what killed runs left half written of this output, and inside of it."
-    beside = (path for path in output.parent.glob('.*.partial') if path.name.startswith(f'.{output.name}.'))
+    of_output = f'.{output.name}.'
+    beside = (path for path in output.parent.glob('.*.partial') if path.name.startswith(of_output))
     for path in chain(beside, output.rglob('.*.partial')):
         if PARTIAL.fullmatch(path.name) and path.is_dir():
             shutil.rmtree(path, ignore_errors=True)

@@ -48,7 +48,8 @@ GOOD = {
     'avspeech': {'avspeech_train.csv': 'abc,1.5,4.5,0.25,0.5\n', 'avspeech_test.csv': 'def,1,4,0,1\n'},
     'lrw': {f'lipread_mp4/ABOUT/{split}/ABOUT_00001.{ending}': 'Duration: 0.58 seconds\n'
             for split in ('train', 'val', 'test') for ending in ('mp4', 'txt')},
-    'lrwar': {'lipread_mp4/ABOUT/train/ABOUT_00001.mp4': '', 'lipread_mp4/ABOUT/train/ABOUT_00001.txt': 'Duration: 0.58 seconds\n',
+    'lrwar': {'lipread_mp4/ABOUT/train/ABOUT_00001.mp4': '',
+              'lipread_mp4/ABOUT/train/ABOUT_00001.txt': 'Duration: 0.58 seconds\n',
               'clips.csv': LRWAR + 'ABOUT_00001,train,p01,256,108,139,141,155\n'},
     'lrs2': {'train.txt': '12/00001\n', 'test.txt': '13/00001 NF\n',
              'mvlrs_v1/main/12/00001.txt': 'Text:  IT IS\nConf:  3\n'},

@@ -55,31 +55,38 @@ def test_wav_with_a_wrong_length_is_read(tmp_path, kind):
     assert abs(at - 1) < 0.01 and abs(seconds - SECONDS) < 0.1
 
 
-def big(kind):
-    "A recording with lengths of eight bytes: RF64, W64, CAF."
-    samples = (32767*BEEP).astype('<i2').tobytes()
-    fmt = struct.pack('<HHIIHH', 1, 1, RATE, 2*RATE, 2, 16)
-    if kind == 'rf64':
-        return (b'RF64\xff\xff\xff\xffWAVEds64'
-                + struct.pack('<IQQQI', 28, 72 + len(samples), len(samples), len(samples)//2, 0)
-                + b'fmt ' + struct.pack('<I', 16) + fmt + b'data\xff\xff\xff\xff' + samples)
-    if kind == 'w64':
-        guid = lambda name: name + bytes.fromhex('f3acd3118cd100c04f8edb8a')
-        riff = b'riff' + bytes.fromhex('2e91cf11a5d628db04c10000')
-        return (riff + struct.pack('<Q', 104 + len(samples)) + guid(b'wave') + guid(b'fmt ') + struct.pack('<Q', 40)
-                + fmt
-                + guid(b'data') + struct.pack('<Q', 24 + len(samples)) + samples)
-    return (b'caff\0\1\0\0desc' + struct.pack('>qd4s5I', 32, RATE, b'lpcm', 2, 2, 1, 1, 16) + b'data'
-            + struct.pack('>qI', 4 + len(samples), 0) + samples)
+NUMBERS = (32767*BEEP).astype('<i2').tobytes()
+FORM = struct.pack('<HHIIHH', 1, 1, RATE, 2*RATE, 2, 16) # one channel of 16 bits
 
 
-@pytest.mark.parametrize('kind', ['rf64', 'w64', 'caf'])
-def test_large_formats_are_read_whole_and_refused_cut(tmp_path, kind):
-    path = tmp_path/f'a.{kind}'
-    path.write_bytes(big(kind))
+def rf64():
+    size = len(NUMBERS)
+    lengths = b'ds64' + struct.pack('<IQQQI', 28, 72 + size, size, size//2, 0)
+    form = b'fmt ' + struct.pack('<I', 16) + FORM
+    unknown = b'\xff\xff\xff\xff'
+    return b'RF64' + unknown + b'WAVE' + lengths + form + b'data' + unknown + NUMBERS
+
+
+def w64():
+    def guid(name): return name + bytes.fromhex('f3acd3118cd100c04f8edb8a')
+    def length(count): return struct.pack('<Q', count)
+    riff = b'riff' + bytes.fromhex('2e91cf11a5d628db04c10000') + length(104 + len(NUMBERS))
+    form = guid(b'fmt ') + length(40) + FORM
+    return riff + guid(b'wave') + form + guid(b'data') + length(24 + len(NUMBERS)) + NUMBERS
+
+
+def caf():
+    described = b'desc' + struct.pack('>qd4s5I', 32, RATE, b'lpcm', 2, 2, 1, 1, 16)
+    return b'caff\0\1\0\0' + described + b'data' + struct.pack('>qI', 4 + len(NUMBERS), 0) + NUMBERS
+
+
+@pytest.mark.parametrize('written', [rf64, w64, caf])
+def test_formats_with_lengths_of_eight_bytes_are_read_whole_and_refused_cut(tmp_path, written):
+    path = tmp_path/f'a.{written.__name__}'
+    path.write_bytes(written())
     at, seconds = beep(path)
     assert abs(at - 1) < 0.01 and abs(seconds - SECONDS) < 0.01
-    path.write_bytes(big(kind)[:LENGTH//2])
+    path.write_bytes(written()[:LENGTH//2])
     with pytest.raises(Rejection, match='cut off'):
         beep(path)
 
@@ -118,7 +125,10 @@ def crc(page):
     for byte in page:
         value ^= byte << 24
         for _ in range(8):
-            value = (value << 1 ^ 0x04C11DB7 if value & 0x80000000 else value << 1) & 0xFFFFFFFF
+            highest_bit = value >> 31
+            value = value << 1 & 0xFFFFFFFF
+            if highest_bit:
+                value ^= 0x04C11DB7
     return struct.pack('<I', value)
 
 
@@ -126,7 +136,8 @@ def pages(content):
     "An Ogg file's pages."
     at = 0
     while at < len(content):
-        size = 27 + content[at + 26] + sum(content[at + 27:at + 27 + content[at + 26]])
+        head, parts = at + 27, content[at + 26]
+        size = 27 + parts + sum(content[head:head + parts])
         yield bytearray(content[at:at + size])
         at += size
 
@@ -162,9 +173,10 @@ def test_ogg_of_a_radio_whose_numbers_jump_behind_the_headers_is_read(tmp_path, 
 
 def test_ogg_that_was_cut_is_refused(tmp_path, ogg):
     content = b''.join(ogg)
+    ends_of_pages = np.cumsum([len(page) for page in ogg])
     for end in np.random.default_rng(0).integers(len(ogg[0]), len(content), 20):
-        if end in np.cumsum([len(page) for page in ogg]):
-            continue # between two pages: as if switched off
+        if end in ends_of_pages: # as if switched off
+            continue
         (tmp_path/'a.ogg').write_bytes(content[:end])
         with pytest.raises(Rejection):
             beep(tmp_path/'a.ogg')

@@ -1,4 +1,4 @@
-"""Weights for others: the bundle that comes with the package, the Hugging Face hub's cache, torch.hub, and files of strangers."""
+"""Weights for others: the package's bundle, the Hugging Face hub's cache, torch.hub, and files of strangers."""
 import pickle
 import shutil
 import subprocess
@@ -73,7 +73,8 @@ def test_name_on_the_hub_is_loaded_from_its_cache(tmp_path):
     hub_cache(tmp_path, 'somebody/model')
     pickled = hub_cache(tmp_path, 'somebody/pickled')
     (pickled/'model.safetensors').rename(pickled/'checkpoint.pt')
-    env = dict(HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE='1', PYTHONPATH=':'.join([str(ROOT), *sys.path]), OMP_NUM_THREADS='1')
+    paths = ':'.join([str(ROOT), *sys.path])
+    env = dict(HF_HUB_CACHE=str(tmp_path), HF_HUB_OFFLINE='1', PYTHONPATH=paths, OMP_NUM_THREADS='1')
     done = subprocess.run([sys.executable, '-c', HUB], env=env, cwd=tmp_path, capture_output=True, text=True)
     lines = done.stdout.splitlines()
     assert done.returncode == 0 and lines[0].startswith('glcm 4'), done.stderr

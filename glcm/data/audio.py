@@ -47,6 +47,7 @@ def mel_to_hertz(
     logarithmic = 1000*6.4**((mel - 15)/27)
     return np.where(mel < 15, linear, logarithmic)
 
+# %% ../../nbs/19_data.audio.ipynb #d9e1dd11
 @cache
 def mel_filters(
     config: AudioConfig, # sample rate, bands and window
@@ -55,10 +56,12 @@ def mel_filters(
     highest = 15 + 27*np.log(config.sample_rate/2/1000)/np.log(6.4) # all sample rates of use are above 2 kHz
     edges = mel_to_hertz(np.linspace(0, highest, config.bands + 2))
     frequencies = np.fft.rfftfreq(config.window, 1/config.sample_rate)
-    low, middle, high = edges[:-2, None], edges[1:-1, None], edges[2:, None]
+    low = edges[:-2, None]
+    middle = edges[1:-1, None]
+    high = edges[2:, None]
     rising = (frequencies - low)/(middle - low)
     falling = (high - frequencies)/(high - middle)
-    triangles = np.minimum(rising, falling).clip(0)
+    triangles = np.minimum(rising, falling).clip(0) # (F, window//2 + 1), of height one
     return (triangles*2/(high - low)).astype(np.float32)
 
 # %% ../../nbs/19_data.audio.ipynb #008
@@ -68,9 +71,10 @@ def mel_energies(
     config: AudioConfig, # bands, window and hop
 ) -> np.ndarray: # (F, columns) float32
     "Power of one Fourier window around each column, summed into mel bands."
-    reach = columns*config.hop + config.window
-    padded = np.pad(waveform, (config.window//2, max(0, reach - len(waveform))))
-    windows = sliding_window_view(padded, config.window)[:columns*config.hop:config.hop]
+    end = columns*config.hop
+    silence = max(0, end + config.window - len(waveform))
+    padded = np.pad(waveform, (config.window//2, silence))
+    windows = sliding_window_view(padded, config.window)[:end:config.hop] # (columns, window), a view
     hann = 0.5 - 0.5*np.cos(2*np.pi*np.arange(config.window)/config.window)
     energies = np.empty((config.bands, columns), np.float32)
     for start in range(0, columns, 256): # a few seconds at a time: a long film takes no more memory than a short one
@@ -79,6 +83,7 @@ def mel_energies(
         energies[:, start:start + 256] = mel_filters(config) @ power.T
     return energies
 
+# %% ../../nbs/19_data.audio.ipynb #78d72cc0
 def log_mel(
     waveform: np.ndarray, # (n,) float mono in -1..1
     columns: int, # number of columns to return; sound that is missing counts as silence
@@ -97,6 +102,7 @@ def to_levels(
     "A log-mel spectrogram as bytes."
     return np.clip(np.rint((mel + 5)*LEVELS), 0, 255).astype(np.uint8)
 
+# %% ../../nbs/19_data.audio.ipynb #790b0402
 def from_levels(
     levels: np.ndarray, # uint8
 ) -> np.ndarray: # float32 log10 mel energies, same shape

@@ -131,7 +131,7 @@ SILENCE = 1e-4 # sample below which sound counts as silence: three steps of 16 b
 
 def _is_silent(waveform: np.ndarray) -> bool:
     "Whether nothing can be heard."
-    loudest = max(waveform.max(initial=0), -waveform.min(initial=0))
+    loudest = max(waveform.max(initial=0), -waveform.min(initial=0)) # no copy of it is made
     return loudest < SILENCE
 
 def _on_step(
@@ -156,7 +156,8 @@ def encode_clip(
     recording = read_recording(path, fps, side, rate if clip.sound else None, *span)
     steps = _steps(_lengths(recording, settings), settings, path.name, *span)
     members, entries = _pack(recording, steps, settings)
-    if clip.sound and _is_silent(recording.waveform[:round(steps/clip.fps*rate)]):
+    samples = round(steps/clip.fps*rate)
+    if clip.sound and _is_silent(recording.waveform[:samples]):
         entries['silent'] = True
     if clip.boxes == 'lips':
         entries['boxes'] = [_lip_box(path, settings, span, steps)]
@@ -169,12 +170,14 @@ def _pack(
     settings: Settings, # crop, spectrogram, container
 ) -> tuple[dict, dict]: # members of the shard (suffix -> chunks), entries of the index
     "Pictures and spectrogram of a clip as they are stored."
-    clip, columns_per_second = settings.clip, settings.audio.sample_rate/settings.audio.hop
+    clip, audio = settings.clip, settings.audio
+    columns_per_second = audio.sample_rate/audio.hop
     planes, mel = None, None
     if not settings.sound_only:
         planes = recording.planes[:steps]
         if clip.crop != 'none':
             planes = _crops(planes, recording.waveform, settings)
     if clip.sound:
-        mel = log_mel(recording.waveform, round(steps*columns_per_second/clip.fps), settings.audio)
+        columns = round(steps*columns_per_second/clip.fps)
+        mel = log_mel(recording.waveform, columns, audio)
     return pack_clip(planes, mel, steps, clip.fps, columns_per_second, settings.store)

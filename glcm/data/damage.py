@@ -23,7 +23,8 @@ class Rejection(InputError):
         super().__init__(f'{reason}: {detail}' if detail else reason)
         self.reason, self.detail = reason, detail
 
-    def __reduce__(self): return type(self), (self.reason, self.detail)
+    def __reduce__(self): # travels between processes
+        return type(self), (self.reason, self.detail)
 
 # %% ../../nbs/11_data.damage.ipynb #007
 MOST_CHUNKS = 10_000 # looked at; more than any intact file has before its pictures
@@ -35,19 +36,21 @@ def _length_is_unknown(
     "Whether a length stands for one that was not known when the header was written."
     return length == 0 or any(abs(length - 2**bits) <= 2**16 for bits in (31, 32, 63, 64))
 
+# %% ../../nbs/11_data.damage.ipynb #35f04bfc
 def _chunks(file: BinaryIO): # (name, offset of the content, length), those of a RIFF chunk itself left out
     "Walk the outermost chunks of a RIFF file."
     at = 0
     for _ in range(MOST_CHUNKS):
         file.seek(at)
         name, length, form = file.read(4), int.from_bytes(file.read(4), 'little'), file.read(4)
-        if len(name) < 4 or not name.isascii() or not name.decode().isprintable():
+        is_name = len(name) == 4 and name.isascii() and name.decode().isprintable()
+        if not is_name:
             return
         if name in (b'RIFF', b'RF64', b'BW64'):
             at += 12
-        else:
-            yield form if name == b'LIST' else name, at + 8, length
-            at += 8 + length + length % 2
+            continue
+        yield form if name == b'LIST' else name, at + 8, length
+        at += 8 + length + length % 2
 
 # %% ../../nbs/11_data.damage.ipynb #008
 def _riff_is_whole(
@@ -66,7 +69,8 @@ def _riff_is_whole(
             length = long_length
         if _length_is_unknown(length):
             return True
-        if at + length > size + (TOO_LITTLE_TO_HEAR if name == b'data' else 0):
+        may_lack = TOO_LITTLE_TO_HEAR if name == b'data' else 0
+        if at + length > size + may_lack:
             return False
         if name == b'data':
             return True
@@ -79,27 +83,28 @@ def _riff_is_whole(
 
 # %% ../../nbs/11_data.damage.ipynb #012
 FIRST, LAST = 2, 4 # flags of a page
-FULL = 255 # length of a packet's part which means that the packet goes on
+FULL = 255 # length of a packet's part which means that another part follows
 
 def _ogg_is_whole(
     file: BinaryIO, # an Ogg file
     size: int, # its bytes
 ) -> bool:
     "Whether the pages of an Ogg file are complete, follow each other and end no packet in its middle."
-    following, goes_on, in_headers = {}, {}, {}
+    following, is_open, in_headers = {}, {}, {} # by stream: next page's number; is a packet not complete; no sound yet
     while head := file.read(27):
         if len(head) < 27 or head[:4] != b'OggS':
             return False
-        flags, position, stream, number = head[5], head[6:14], head[14:18], int.from_bytes(head[18:22], 'little')
+        flags, position, stream = head[5], head[6:14], head[14:18]
+        number = int.from_bytes(head[18:22], 'little')
+        parts = file.read(head[26]) # length of each part of a packet
         begins = flags & FIRST or stream not in following or in_headers[stream]
         if not begins and number != following[stream]:
             return False
-        parts = file.read(head[26])
         following[stream] = number + 1
-        goes_on[stream] = parts[-1:] == bytes([FULL]) and not flags & LAST
+        is_open[stream] = parts[-1:] == bytes([FULL]) and not flags & LAST
         in_headers[stream] = position == bytes(8)
         file.seek(sum(parts), 1)
-    return file.tell() <= size and not any(goes_on.values())
+    return file.tell() <= size and not any(is_open.values())
 
 # %% ../../nbs/11_data.damage.ipynb #015
 def _caf_is_whole(
@@ -111,14 +116,15 @@ def _caf_is_whole(
     for _ in range(MOST_CHUNKS):
         file.seek(at)
         head = file.read(12)
-        length = int.from_bytes(head[4:], 'big', signed=True)
+        name, length = head[:4], int.from_bytes(head[4:], 'big', signed=True)
         if len(head) < 12 or length < -1:
             return False
-        if head[:4] == b'data':
+        if name == b'data':
             return length == -1 or at + 12 + length <= size
         at += 12 + length
     return False
 
+# %% ../../nbs/11_data.damage.ipynb #db6ec314
 def _w64_is_whole(
     file: BinaryIO, # a W64 file
     size: int, # its bytes
@@ -128,14 +134,14 @@ def _w64_is_whole(
     for _ in range(MOST_CHUNKS):
         file.seek(at)
         head = file.read(24)
-        length = int.from_bytes(head[16:], 'little')
-        if head[:4] == b'data' and _length_is_unknown(length):
+        name, length = head[:4], int.from_bytes(head[16:], 'little')
+        if name == b'data' and _length_is_unknown(length):
             return True
         if len(head) < 24 or length < 24:
             return False
-        if head[:4] == b'data':
+        if name == b'data':
             return at + length <= size
-        at += (length + 7)//8*8
+        at += (length + 7)//8*8 # the next multiple of eight
     return False
 
 # %% ../../nbs/11_data.damage.ipynb #018
@@ -163,6 +169,10 @@ def is_leftover(
     "Whether a packet is a tag between two songs, or the last of a recording and ends within a sample."
     codec = packet.stream.codec_context
     if codec.name.startswith('mp3'):
-        return bytes(memoryview(packet)[:8]).startswith(TAGS) if packet.size else False
+        return packet.size > 0 and bytes(memoryview(packet)[:8]).startswith(TAGS)
     pcm = PCM.fullmatch(codec.name)
-    return bool(pcm) and packet.size % (int(pcm[1])//8*max(1, codec.layout.nb_channels)) > 0
+    if not pcm:
+        return False
+    bytes_of_number = int(pcm[1])//8
+    channels = max(1, codec.layout.nb_channels)
+    return packet.size % (bytes_of_number*channels) > 0

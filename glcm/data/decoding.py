@@ -29,6 +29,7 @@ LONGEST_LOSS = 1.0 # seconds of pictures that may be damaged in one place of suc
 MOST_LOST = 0.2 # fraction of its pictures that may be damaged in all
 LEADING = 2.0 # seconds by which pictures may belong in front of a key frame that they follow in the file
 
+# %% ../../nbs/15_data.decoding.ipynb #10921b15
 @dataclass
 class Tolerance:
     "Which damage of one file is forgiven."
@@ -51,8 +52,10 @@ class Tolerance:
     def forgives(self, kind: str, time: float) -> bool:
         "Whether a packet or frame of that time may be damaged."
         if kind == 'audio':
-            return self.lossy or self.since is not None and time < self.since - SETTLING/2
-        if self.key is not None and self.key - LEADING < time < self.key:
+            is_before_span = self.since is not None and time < self.since - SETTLING/2
+            return self.lossy or is_before_span
+        is_leading = self.key is not None and self.key - LEADING < time < self.key
+        if is_leading:
             return True
         self.skipping = self.lossy
         return self.lossy
@@ -125,10 +128,12 @@ class Decoding:
     joined: set = field(default_factory=set) # kinds of streams that were joined: their header does not know the length
 
     def __post_init__(self):
-        flags, has_pictures = Flags(self.container.format.flags), 'video' in self.streams
+        flags = Flags(self.container.format.flags)
         self.untimed = Flags.no_timestamps in flags
-        self.clock = Clock(Flags.ts_discont in flags, self.name)
+        clock_jumps = Flags.ts_discont in flags
+        self.clock = Clock(clock_jumps, self.name)
         is_lossy = self.container.format.name in LOSSY
+        has_pictures = 'video' in self.streams
         self.tolerance = Tolerance(is_lossy, self.since, skipping=has_pictures)
 
     def damage(self, what: str) -> Rejection:
@@ -208,6 +213,7 @@ def _timed(
             count_lost(self.tolerance, time, self.ends[kind], self.name)
         yield frame, time
 
+# %% ../../nbs/15_data.decoding.ipynb #b2a84466
 @patch
 def frames(
     self: Decoding,
@@ -234,21 +240,30 @@ def _promised(
     "The length of a stream by its header."
     return float((stream.duration or 0)*stream.time_base)
 
+def _reached(
+    decoding: Decoding, # all of whose frames were decoded
+    kind: str, # of one of its streams
+) -> float: # seconds
+    "The end that a stream is held to: its own, or the file's where all streams are promised the same length."
+    clock = decoding.clock
+    streams = clock.ends.keys() | set(decoding.streams.values())
+    promises = {round(_promised(stream), 3) for stream in streams if stream.duration}
+    if len(streams) > 1 and len(promises) == 1:
+        return max(clock.ends.values())
+    return decoding.ends[kind]
+
+# %% ../../nbs/15_data.decoding.ipynb #d582c00c
 def refuse_length(
     decoding: Decoding, # all of whose frames were decoded
 ):
     "Raise `Rejection` when a stream ends long before its header promises, or its pictures long after."
     if decoding.container.format.name in LENGTH_IS_GUESSED:
         return
-    streams = decoding.clock.ends.keys() | set(decoding.streams.values())
-    promises = {round(_promised(stream), 3) for stream in streams if stream.duration}
-    one_for_all = len(streams) > 1 and len(promises) == 1
     for kind, stream in decoding.streams.items():
         if not stream.duration or kind not in decoding.ends or kind in decoding.joined:
             continue
         begins = float((stream.start_time or 0)*stream.time_base)
-        promised, end = _promised(stream), decoding.ends[kind]
-        reached = max(decoding.clock.ends.values()) if one_for_all else end
+        promised, end, reached = _promised(stream), decoding.ends[kind], _reached(decoding, kind)
         lengths = f'the header promises {promised:.1f} s of {kind}, there are {end - begins:.1f} s'
         if max(reached, reached - begins) < 0.97*promised - 0.2:
             raise Rejection('cut off', f'{decoding.name}: {lengths}')
@@ -259,6 +274,19 @@ def refuse_length(
 # formats in which a time is found quickly and exactly, by FFmpeg's names
 SEARCHABLE = 'mov,mp4,m4a,3gp,3g2,mj2', 'matroska,webm', 'avi'
 
+def _seek(
+    container: av.container.InputContainer, # an open file
+    streams: dict, # kind -> stream
+    time: float, # seconds
+):
+    "Go to the last key frame before a time, or stay where that is not possible."
+    stream = streams.get('video') or streams['audio']
+    try:
+        container.seek(int(time/stream.time_base), stream=stream)
+    except av.FFmpegError:
+        pass # no table of its packets: they are read from the beginning
+
+# %% ../../nbs/15_data.decoding.ipynb #e50ef970
 @contextmanager
 def decoding(
     path: Path, # a media file
@@ -276,15 +304,3 @@ def decoding(
             yield Decoding(container, streams, path.name, errors, since)
     except (av.FFmpegError, OSError, EOFError) as e:
         raise Rejection('does not decode', f'{path.name}: {e.strerror or e}') from None
-
-def _seek(
-    container: av.container.InputContainer, # an open file
-    streams: dict, # kind -> stream
-    time: float, # seconds
-):
-    "Go to the last key frame before a time, or stay where that is not possible."
-    stream = streams.get('video') or streams['audio']
-    try:
-        container.seek(int(time/stream.time_base), stream=stream)
-    except av.FFmpegError:
-        pass # no table of its packets: they are read from the beginning

@@ -46,15 +46,17 @@ def similarity(
     if not (spread > 0).all():
         raise InputError('no similarity transform fits: the landmarks of a frame coincide or are not finite')
     u, s, vt = np.linalg.svd(b.T @ a)
-    mirrored = np.sign(np.linalg.det(u @ vt))
-    s[..., 1] *= mirrored
-    u[..., 1] *= mirrored[..., None]
+    d = np.sign(np.linalg.det(u @ vt))
+    s[..., 1] *= d
+    u[..., 1] *= d[..., None]
     scale = s.sum(-1)/spread
-    turn = scale[..., None, None]*(u @ vt)
+    turn = scale[..., None, None]*(u @ vt) # sR
     middle = np.mean(source, -2, dtype=np.float64)
-    shift = np.mean(target, 0) - (turn @ middle[..., None])[..., 0]
+    turned_middle = (turn @ middle[..., None])[..., 0]
+    shift = np.mean(target, 0) - turned_middle
     return np.concatenate([turn, shift[..., None]], -1)
 
+# %% ../../nbs/20_data.faces.ipynb #576067dc
 def moved(
     points: np.ndarray, # (..., N, 2)
     matrix: np.ndarray, # (..., 2, 3)
@@ -90,6 +92,7 @@ def _detector():
         _of_thread.detector = _dlib().get_frontal_face_detector()
     return _of_thread.detector
 
+# %% ../../nbs/20_data.faces.ipynb #0a068f7b
 def detect_faces(
     frame: np.ndarray, # (h, w, 3) uint8 RGB
     short_side: int = 240, # length of the shorter side at which to look, pixels; a face must span 80 of them
@@ -99,9 +102,10 @@ def detect_faces(
     from torchvision.transforms.functional import resize
     h, w, _ = frame.shape
     scale = short_side/min(h, w)
-    pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)
+    pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1) # (3, h, w)
     small = resize(pixels, [round(h*scale), round(w*scale)], antialias=True)
-    found = _detector()(small.permute(1, 2, 0).contiguous().numpy())
+    detect = _detector()
+    found = detect(small.permute(1, 2, 0).contiguous().numpy())
     squares = [[r.left(), r.top(), r.right(), r.bottom()] for r in found]
     return np.array(squares, float).reshape(-1, 4)/scale
 
@@ -123,8 +127,11 @@ def overlap(
     "Intersection over union of two rectangles."
     sides = np.minimum(a[2:], b[2:]) - np.maximum(a[:2], b[:2])
     both = sides.clip(0).prod()
-    return both/((a[2:] - a[:2]).prod() + (b[2:] - b[:2]).prod() - both)
+    area_a = (a[2:] - a[:2]).prod()
+    area_b = (b[2:] - b[:2]).prod()
+    return both/(area_a + area_b - both)
 
+# %% ../../nbs/20_data.faces.ipynb #83507706
 def _best_pairs(
     last: list, # (4,) the latest square of each track
     squares: np.ndarray, # (n, 4) in the next frame
@@ -139,6 +146,7 @@ def _best_pairs(
                 pairs.append((score, i, j))
     return [(i, j) for _, i, j in sorted(pairs, reverse=True)]
 
+# %% ../../nbs/20_data.faces.ipynb #784dc34b
 def link_faces(
     found: dict, # frame -> (n, 4) squares around the faces in it
     min_overlap: float = 0.2, # below this, two squares are not the same face
@@ -166,13 +174,15 @@ def look_for_faces(
     def look(times):
         return {t: detect_faces(frames[t], short_side) for t in times}
 
-    found = look(sorted({*range(0, len(frames), every), len(frames) - 1}))
+    last = len(frames) - 1
+    found = look(sorted({*range(0, len(frames), every), last}))
     for a, b in pairwise(sorted(found)):
         agree = len(found[a]) == len(found[b]) > 0
         if not agree:
             found |= look(range(a + 1, b))
     return found
 
+# %% ../../nbs/20_data.faces.ipynb #9479759d
 def _boxes_between(
     track: dict, # frame -> (4,) square around one face
     count: int, # number of frames T
@@ -182,6 +192,7 @@ def _boxes_between(
     squares = np.stack([track[t] for t in times])
     return np.stack([np.interp(range(count), times, side) for side in squares.T], 1)
 
+# %% ../../nbs/20_data.faces.ipynb #96b79765
 def track_landmarks(
     frames: np.ndarray, # (T, h, w, 3) uint8 RGB
     track: dict, # frame -> (4,) square around one face
@@ -208,6 +219,7 @@ def fill_gaps(
     filled = [np.interp(range(len(points)), known, column[known]) for column in columns.T]
     return np.stack(filled, 1).reshape(points.shape).astype(points.dtype)
 
+# %% ../../nbs/20_data.faces.ipynb #3b5ec93e
 def smooth(
     points: np.ndarray, # (T, N, 2)
     sigma: float, # width of the Gaussian in frames; 0: as they are
@@ -218,7 +230,8 @@ def smooth(
     reach = math.ceil(3*sigma)
     kernel = np.exp(-(np.arange(-reach, reach + 1)/sigma)**2/2)
     padded = np.pad(points, ((reach, reach), (0, 0), (0, 0)), mode='edge')
-    return np.apply_along_axis(np.convolve, 0, padded, kernel/kernel.sum(), mode='valid').astype(points.dtype)
+    weights = kernel/kernel.sum()
+    return np.apply_along_axis(np.convolve, 0, padded, weights, mode='valid').astype(points.dtype)
 
 # %% ../../nbs/20_data.faces.ipynb #024
 def _apart(
@@ -235,6 +248,7 @@ def mouth_opening(
     "How far the inner lips are apart."
     return _apart(points, INNER_LIPS)/_apart(points, EYES_AND_NOSE[:2])
 
+# %% ../../nbs/20_data.faces.ipynb #2ccec233
 def loudness(
     waveform: np.ndarray, # (n,) mono, beginning with the first frame
     sample_rate: int, # samples per second
@@ -252,6 +266,7 @@ def loudness(
     faintest = 1e-3 # -60 dB
     return 20*np.log10(np.maximum(level/level.max(), faintest))
 
+# %% ../../nbs/20_data.faces.ipynb #a3842d7a
 def speaking(
     points: np.ndarray, # (T, 68, 2) landmarks without gaps
     envelope: np.ndarray, # (T,) loudness
@@ -274,6 +289,7 @@ def _check_clip(
     if waveform is not None and not sample_rate:
         raise InputError('a waveform needs its sample_rate: give both, or neither')
 
+# %% ../../nbs/20_data.faces.ipynb #abb0a8a2
 def _faces_seen(
     frames: np.ndarray, # (T, h, w, 3) uint8 RGB
     short_side: int, # as in `detect_faces`
@@ -283,10 +299,11 @@ def _faces_seen(
     "The faces that enough frames show; raises `Rejection('no face')` where there are none."
     found = look_for_faces(frames, every, short_side)
     tracks = [track_landmarks(frames, track, sorted(found)) for track in link_faces(found)]
-    seen = [np.isfinite(points[:, 0, 0]).mean() for points in tracks]
+    seen = [np.isfinite(points[:, 0, 0]).mean() for points in tracks] # share of the frames
     faces = [fill_gaps(points) for points, share in zip(tracks, seen) if share >= min_seen]
     if not faces:
-        most, needed = round(max(seen, default=0)*len(frames)), math.ceil(min_seen*len(frames))
+        most = round(max(seen, default=0)*len(frames))
+        needed = math.ceil(min_seen*len(frames))
         raise Rejection('no face', f'{most} of {len(frames)} frames show one face, {needed} are needed')
     return faces
 
@@ -348,12 +365,13 @@ def warp(
     from torch.nn.functional import avg_pool2d, grid_sample
     h, w = frames.shape[1:3]
     scales = np.sqrt(np.linalg.det(matrices[:, :, :2]))
-    fine = max(1, math.ceil(1/np.median(scales) - 0.01))
+    fine = max(1, math.ceil(1/np.median(scales) - 0.01)) # times finer than the crop
     ticks = (np.arange(size*fine) + 0.5)/fine - 0.5
+    pixels_of_crop = np.stack(np.meshgrid(ticks, ticks), -1)
     crops = np.empty((len(frames), size, size, 3), np.uint8)
     for frame, matrix, crop in zip(frames, matrices, crops):
         back = np.linalg.inv(matrix[:, :2])
-        spots = (np.stack(np.meshgrid(ticks, ticks), -1) - matrix[:, 2]) @ back.T # in pixels of the frame
+        spots = (pixels_of_crop - matrix[:, 2]) @ back.T # in pixels of the frame
         grid = torch.from_numpy(((2*spots + 1)/[w, h] - 1).astype(np.float32)) # in -1..1
         pixels = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1).float()
         sampled = grid_sample(pixels[None], grid[None], mode='bilinear', padding_mode='border', align_corners=False)
@@ -375,6 +393,7 @@ def align_crop(
         raise InputError(f'landmarks should be ({len(frames)}, 68, 2), as many as frames, not {landmarks.shape}')
     return warp(frames, crop_matrices(landmarks, kind, size, margin, seen), size)
 
+# %% ../../nbs/20_data.faces.ipynb #ee0056b1
 def face_track_crops(
     frames: np.ndarray, # (T, h, w, 3) uint8 RGB, upright; faces should be at least 80 pixels tall
     kind: str, # 'lips' or 'face'

@@ -28,14 +28,16 @@ def _graph(
     frame: av.AudioFrame, # the first of its format
 ) -> av.filter.Graph:
     "Filters that bring frames like this one to one or two channels of 32-bit integers."
-    graph, (pan, layout) = av.filter.Graph(), _mixing(frame.layout)
+    pan, layout = _mixing(frame.layout)
     rate = str(frame.sample_rate)
     form = dict(sample_fmt=frame.format.name, channel_layout=frame.layout.name)
+    graph = av.filter.Graph()
     filters = [graph.add('abuffer', time_base=f'1/{rate}', sample_rate=rate, **form)]
     if pan:
         filters.append(graph.add('pan', pan))
     filters.append(graph.add('aformat', sample_fmts='s32p', sample_rates=rate, channel_layouts=layout))
-    graph.link_nodes(*filters, graph.add('abuffersink')).configure()
+    filters.append(graph.add('abuffersink'))
+    graph.link_nodes(*filters).configure()
     return graph
 
 # %% ../../nbs/16_data.mono.ipynb #0062
@@ -52,11 +54,13 @@ def _pull(
         except (BlockingIOError, EOFError):
             return pieces # all that there is for now, or at all
 
+# %% ../../nbs/16_data.mono.ipynb #888c89cd
 def sides_of(
     frames: list, # decoded audio frames of one format that adjoin each other
 ) -> np.ndarray: # (1 or 2, n) float32 in -1..1: mono, or left and right
     "Frames of any number of channels as one or two."
-    graph, pieces = _graph(frames[0]), [np.zeros((1, 0), np.int32)]
+    graph = _graph(frames[0])
+    pieces = [np.zeros((1, 0), np.int32)]
     for start in range(0, len(frames), FRAMES_AT_ONCE):
         for frame in frames[start:start + FRAMES_AT_ONCE]:
             graph.push(frame)
@@ -69,6 +73,12 @@ def sides_of(
 # %% ../../nbs/16_data.mono.ipynb #008
 OPPOSED = 0.05 # energy of the mean of two sides, relative to the louder one's, below which they cancel each other
 
+def _energy(
+    signal: np.ndarray, # (n,) float32
+) -> float:
+    return np.square(signal).sum(dtype=np.float64)
+
+# %% ../../nbs/16_data.mono.ipynb #8f56b199
 class Downmix:
     "Mixes the sound of a film to mono, and sums up the energies of its sides."
     def __init__(self,
@@ -85,11 +95,14 @@ class Downmix:
         if len(sides) == 1:
             return sides[0]
         mean = sides.mean(0)
-        self.energy += [np.square(signal).sum(dtype=np.float64) for signal in (*sides, mean)]
+        left, right = sides
+        self.energy += [_energy(left), _energy(right), _energy(mean)]
         return mean if self.side is None else sides[self.side]
 
     @property
     def audible_side(self) -> int | None: # 0: left, 1: right
         "The louder side where the two cancel each other; None where their mean can be heard."
         left, right, mean = self.energy
-        return int(right > left) if mean < OPPOSED*max(left, right) else None
+        if mean >= OPPOSED*max(left, right):
+            return None
+        return int(right > left)

@@ -44,11 +44,14 @@ def nearest_symmetry(
     c: float, d: float, # where a step down goes: right, down
 ) -> tuple[bool, bool, bool]: # transpose first; then flip the rows; then the columns
     "Which of the eight ways to lay a picture down is nearest to a display matrix."
-    across, along = math.hypot(a, b), math.hypot(c, d)
-    if min(across, along) == 0 or abs(a*d - b*c) < FLAT*across*along:
+    across, along = math.hypot(a, b), math.hypot(c, d) # lengths of the two steps
+    area = abs(a*d - b*c)
+    if min(across, along) == 0 or area < FLAT*across*along:
         return False, False, False
-    a, b, c, d = a/across, b/across, c/along, d/along
-    if abs(b) + abs(c) > abs(a) + abs(d):
+    a, b = a/across, b/across
+    c, d = c/along, d/along
+    lies_on_its_side = abs(b) + abs(c) > abs(a) + abs(d)
+    if lies_on_its_side:
         return True, b < 0, c < 0
     return False, d < 0, a < 0
 
@@ -63,7 +66,8 @@ def _symmetry(
         if abs(frame.rotation) > 360:
             return False, False, False # not a number
         angle = math.radians(frame.rotation)
-        return nearest_symmetry(math.cos(angle), -math.sin(angle), math.sin(angle), math.cos(angle))
+        cos, sin = math.cos(angle), math.sin(angle)
+        return nearest_symmetry(cos, -sin, sin, cos)
     if matrix is None:
         return False, False, False
     a, b, _, c, d = np.frombuffer(matrix, np.int32)[:5].tolist()
@@ -116,6 +120,7 @@ def _has_dolby_vision(
     except ValueError:
         return False # side data of a kind that PyAV does not know, as of photographs
 
+# %% ../../nbs/13_data.picture.ipynb #619b378e
 def refuse_unknown_colours(
     frame: av.VideoFrame, # a decoded frame
 ):
@@ -138,6 +143,7 @@ def _has_alpha(
     described = av.VideoFormat(pixel_format)
     return described.has_palette or any(component.is_alpha for component in described.components)
 
+# %% ../../nbs/13_data.picture.ipynb #74349826
 def over_black(
     planes: np.ndarray, # (3h/2, w) uint8
     alpha: np.ndarray, # (h, w) uint8, 255: opaque
@@ -208,12 +214,16 @@ def _light_table(
     return (hlg_to_scene(signal) if transfer == HLG else srgb_to_light(signal)).astype(np.float32)
 
 # %% ../../nbs/13_data.picture.ipynb #027
+def _xyz_of(x: float, y: float) -> tuple:
+    "A colour of the chromaticity diagram in CIE XYZ, with Y = 1."
+    return x/y, 1, (1 - x - y)/y
+
 def _to_xyz(
     primaries: int, # a key of PRIMARIES
 ) -> np.ndarray: # (3, 3)
     "Red, green and blue light to CIE XYZ."
-    columns = np.array([(x/y, 1, (1 - x - y)/y) for x, y in PRIMARIES[primaries]]).T
-    white = np.array([0.3127/0.3290, 1, (1 - 0.3127 - 0.3290)/0.3290])
+    columns = np.array([_xyz_of(x, y) for x, y in PRIMARIES[primaries]]).T
+    white = np.array(_xyz_of(0.3127, 0.3290))
     return columns*np.linalg.solve(columns, white)
 
 @cache
@@ -233,8 +243,12 @@ def tone_curve(
     most = light_to_pq(PAPER_WHITE)/brightest
     knee = 1.5*most - 0.5
     t = (signal - knee)/(1 - knee)
-    spline = (2*t**3 - 3*t**2 + 1)*knee + (t**3 - 2*t**2 + t)*(1 - knee) + (3*t**2 - 2*t**3)*most
-    return pq_to_light(np.where(signal < knee, signal, spline)*brightest)/PAPER_WHITE
+    from_knee = 2*t**3 - 3*t**2 + 1
+    slope = t**3 - 2*t**2 + t
+    to_most = 3*t**2 - 2*t**3
+    spline = from_knee*knee + slope*(1 - knee) + to_most*most
+    bent = np.where(signal < knee, signal, spline)
+    return pq_to_light(bent*brightest)/PAPER_WHITE
 
 # %% ../../nbs/13_data.picture.ipynb #030
 def is_wide(
@@ -250,12 +264,14 @@ def _primaries(
     named = 9 if frame.color_primaries == 2 else frame.color_primaries
     return named if named in PRIMARIES else 1
 
+# %% ../../nbs/13_data.picture.ipynb #183ba46d
 def hlg_on_display(
     light: np.ndarray, # (h, w, 3) float32, of the scene, 0..1
 ) -> np.ndarray: # (h, w, 3), 1: paper-white
     "What a display of 1000 cd/m² shows of a scene (BT.2100, table 5: a gamma of 1.2 for luminance)."
     luminance = light @ np.array([0.2627, 0.6780, 0.0593], np.float32)
-    return light*(PEAK/PAPER_WHITE*np.maximum(luminance, 1e-6)**0.2)[..., None]
+    gain = PEAK/PAPER_WHITE*np.maximum(luminance, 1e-6)**0.2
+    return light*gain[..., None]
 
 # %% ../../nbs/13_data.picture.ipynb #0301
 def tone_mapped(

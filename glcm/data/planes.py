@@ -20,15 +20,17 @@ def plane_of(
     plane = frame.planes[k]
     return np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, :width]
 
+# %% ../../nbs/12_data.planes.ipynb #8d498f85
 def planes_of(
     frame: av.VideoFrame, # in the format yuv420p, both sides even
     out: np.ndarray, # (3h/2, w) uint8 to write to
 ):
     "Copy the three planes of a frame into one array."
-    h, w = frame.height, frame.width
-    out[:h] = plane_of(frame, 0, h, w)
-    out[h:, :w//2] = plane_of(frame, 1, h//2, w//2)
-    out[h:, w//2:] = plane_of(frame, 2, h//2, w//2)
+    height, width = frame.height, frame.width
+    half_height, half_width = height//2, width//2
+    out[:height] = plane_of(frame, 0, height, width)
+    out[height:, :half_width] = plane_of(frame, 1, half_height, half_width)
+    out[height:, half_width:] = plane_of(frame, 2, half_height, half_width)
 
 # %% ../../nbs/12_data.planes.ipynb #007
 # BT.601, limited range: red, green and blue are LUMA*(y - 16) and these times u - 128 and v - 128
@@ -42,20 +44,21 @@ def _in_blocks(
     pairs_of_columns = picture.unflatten(-1, (-1, 2))
     return pairs_of_columns.unflatten(-3, (-1, 2))
 
+# %% ../../nbs/12_data.planes.ipynb #69215ab5
 def to_rgb(
     planes: 'torch.Tensor', # (..., 3h/2, w) uint8 planes, on any device
 ) -> 'torch.Tensor': # (..., 3, h, w) uint8
     "Planes as red, green and blue pictures."
     import torch # not above: decoding does without it, and it takes seconds to import and half a gigabyte
-    height, width = planes.shape[-2]*2//3, planes.shape[-1]
-    luma = _in_blocks(LUMA*(planes[..., :height, :].float() - 16))
-    u, v = (planes[..., height:, :].float() - 128).chunk(2, -1)
-    shape = *planes.shape[:-2], 3, height//2, 2, width//2, 2
-    picture = torch.empty(shape, dtype=torch.uint8, device=planes.device)
-    for c, (from_u, from_v) in enumerate(FROM_UV):
-        chroma = from_u*u + from_v*v # (..., h/2, w/2)
-        channel = luma + chroma[..., None, :, None]
-        picture[..., c, :, :, :, :] = channel.round_().clamp_(0, 255)
+    height = planes.shape[-2]*2//3
+    brightness, colours = planes[..., :height, :], planes[..., height:, :]
+    luma = _in_blocks(LUMA*(brightness.float() - 16)) # (..., h/2, 2, w/2, 2)
+    u, v = (colours.float() - 128).chunk(2, -1) # (..., h/2, w/2) each
+    picture = torch.empty((*planes.shape[:-2], 3, *luma.shape[-4:]), dtype=torch.uint8, device=planes.device)
+    for channel, (from_u, from_v) in enumerate(FROM_UV):
+        chroma = from_u*u + from_v*v
+        values = luma + chroma[..., None, :, None]
+        picture[..., channel, :, :, :, :] = values.round_().clamp_(0, 255)
     return picture.flatten(-4, -3).flatten(-2)
 
 # %% ../../nbs/12_data.planes.ipynb #0071

@@ -60,18 +60,21 @@ def _encoder(
     "An encoder whose packets each hold one frame."
     rate, every = Fraction(fps), config.keyframe
     encoder = av.CodecContext.create('libx264', 'w')
-    encoder.width, encoder.height, encoder.pix_fmt = width, height, 'yuv420p'
-    encoder.framerate, encoder.time_base, encoder.thread_count = rate, 1/rate, 1
+    encoder.width, encoder.height = width, height
+    encoder.pix_fmt = 'yuv420p'
+    encoder.framerate, encoder.time_base = rate, 1/rate
+    encoder.thread_count = 1
     x264 = f'keyint={every}:min-keyint={every}:scenecut=0:bframes=0:mbtree=0:threads=1'
     encoder.options = {'crf': str(config.crf), 'preset': 'veryfast', 'tune': 'fastdecode', 'x264-params': x264}
     return encoder
 
+# %% ../../nbs/21_data.shards.ipynb #79889f07
 def encode_h264(
     planes: np.ndarray, # (F, 3h/2, w) uint8
     fps: int, # frames per second
     config: StoreConfig, # quality and distance of keyframes
 ) -> list: # of F packets, bytes
-    "Pictures as H.264 packets; packet k holds frame k, every `keyframe`-th begins afresh."
+    "Pictures as H.264 packets; packet k holds frame k, every `keyframe`-th is a key frame."
     encoder = _encoder(planes.shape[1]*2//3, planes.shape[2], fps, config)
     packets = []
     for k, picture in enumerate(planes):
@@ -81,7 +84,7 @@ def encode_h264(
 
 # %% ../../nbs/21_data.shards.ipynb #008
 def decode_h264(
-    packets: list, # of bytes, the first of which begins afresh
+    packets: list, # of bytes, the first of which is a key frame
     height: int, # of the pictures
     width: int,
 ) -> np.ndarray: # (F, 3h/2, w) uint8
@@ -90,7 +93,7 @@ def decode_h264(
     decoder.thread_count = 1
     planes, count = np.empty((len(packets), height*3//2, width), np.uint8), 0
     try:
-        for packet in (*map(av.Packet, packets), None):
+        for packet in (*map(av.Packet, packets), None): # the last one asks for what is left
             for frame in decoder.decode(packet):
                 planes_of(frame, planes[count])
                 count += 1
@@ -105,7 +108,8 @@ def _pack_mel(
     levels: np.ndarray, # (bands, n) uint8
 ) -> bytes: # a chunk
     "Columns of a spectrogram as their compressed differences."
-    return zlib.compress(np.diff(levels, axis=1, prepend=np.uint8(0)).tobytes())
+    differences = np.diff(levels, axis=1, prepend=np.uint8(0)) # modulo 256
+    return zlib.compress(differences.tobytes())
 
 def _unpack_mel(
     chunk: bytes,
@@ -115,13 +119,15 @@ def _unpack_mel(
     differences = np.frombuffer(zlib.decompress(chunk), np.uint8).reshape(bands, -1)
     return differences.cumsum(1, dtype=np.uint8)
 
+# %% ../../nbs/21_data.shards.ipynb #180111fe
 def columns_until(
     frame: int | np.ndarray, # number of a frame
     fps: float, # frames per second
     columns_per_second: float, # of the spectrogram
 ): # int or int array: number of columns before that frame
     "Where in the spectrogram a frame begins."
-    return np.rint(np.asarray(frame)*columns_per_second/fps).astype(int)
+    columns = np.asarray(frame)*columns_per_second/fps
+    return np.rint(columns).astype(int)
 
 # %% ../../nbs/21_data.shards.ipynb #014
 def _spans(
@@ -137,6 +143,7 @@ def _spans(
     levels = to_levels(mel)
     return [levels[:, a:b] for a, b in zip(edges, edges[1:])]
 
+# %% ../../nbs/21_data.shards.ipynb #d82cecf5
 def pack_clip(
     planes: np.ndarray | None, # (F, 3h/2, w) uint8; None for a dataset without pictures
     mel: np.ndarray | None, # (bands, N) float32 log10 mel energies; None for a dataset without sound
@@ -146,15 +153,16 @@ def pack_clip(
     config: StoreConfig, # container and quality
 ) -> tuple[dict, dict]: # members (suffix -> chunks), entries of the index
     "Pictures and spectrogram of a clip as they are stored."
-    members, entries, raw = {}, dict(steps=steps), config.container == 'raw'
+    members, entries = {}, dict(steps=steps)
+    is_raw = config.container == 'raw'
     if mel is not None:
         spans = _spans(mel, steps, config.keyframe, fps, columns_per_second)
-        if raw:
+        if is_raw:
             members['mel.raw'] = [span.tobytes() for span in spans]
         else:
             members['mel.zlib'] = [_pack_mel(span) for span in spans]
     if planes is not None:
-        if raw:
+        if is_raw:
             members['i420'] = [picture.tobytes() for picture in planes]
         else:
             members['h264'] = encode_h264(planes, fps, config)
@@ -219,12 +227,17 @@ class Rows(Sequence):
     "The lines of a JSON Lines file, each parsed when it is read, or an `InputError`; all processes share the memory."
     def __init__(self, path: Path):
         self.path = path
+        self.map = b''
         with open(path, 'rb') as file:
-            self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) if os.path.getsize(path) else b''
-        self.ends = np.flatnonzero(np.frombuffer(self.map, np.uint8) == 10)
+            if os.path.getsize(path): # an empty file cannot be mapped
+                self.map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self.ends = np.flatnonzero(np.frombuffer(self.map, np.uint8) == ord('\n'))
 
-    def __len__(self): return len(self.ends)
-    def __reduce__(self): return type(self), (self.path,)
+    def __len__(self):
+        return len(self.ends)
+
+    def __reduce__(self): # another process maps the file itself
+        return type(self), (self.path,)
 
     def __getitem__(self, i):
         if isinstance(i, slice):
@@ -328,6 +341,7 @@ def _check_size(
     if found != size:
         raise self.damaged(name, f'it has {found} bytes instead of {size}')
 
+# %% ../../nbs/21_data.shards.ipynb #2b094402
 @patch
 def check_sum(
     self: _StoreFiles,
@@ -357,6 +371,7 @@ def _wrong_in_row(
         if not _number_in(row.get(name), 1):
             return f'{name} is {row.get(name)!r}'
 
+# %% ../../nbs/21_data.shards.ipynb #902bc894
 def _chunk_ends(
     place: list | None, # where a member begins in its shard, and the size of each of its chunks, bytes
     size: int, # of the shard, bytes
@@ -377,7 +392,8 @@ class _Shards:
     def __init__(self, files: _StoreFiles):
         self.files, self._maps = files, {}
 
-    def __getstate__(self): return self.__dict__ | dict(_maps={})
+    def __getstate__(self): # maps do not travel
+        return self.__dict__ | dict(_maps={})
 
     def damaged(self, row: dict, why) -> InputError:
         "The error that names a clip whose chunks mean nothing."
@@ -422,6 +438,7 @@ def span(
         raise self.files.damaged('clips.jsonl', f"{suffix} of clip {row['clip']}: {e}") from None
     return data[begin:end], edges[first:last + 1] - begin
 
+# %% ../../nbs/21_data.shards.ipynb #bfed15c3
 @patch
 def chunks(
     self: _Shards,
@@ -489,7 +506,8 @@ class ClipStore:
             why = f"clips is {self.about.get('clips')!r}, and clips.jsonl has {len(self)}"
             raise self._files.damaged('manifest.json', why)
 
-    def __len__(self): return len(self.clips)
+    def __len__(self):
+        return len(self.clips)
 
     def verify(self):
         "Compare every shard with its checksum; raises `InputError` naming the first that differs."
@@ -498,7 +516,11 @@ class ClipStore:
 
     def select(self, **wanted) -> list: # numbers of the clips
         "The clips whose catalogue columns have the given values, e.g. `select(split='train')`."
-        return [i for i, row in enumerate(self.clips) if all(row[k] == v for k, v in wanted.items())]
+        numbers = []
+        for number, row in enumerate(self.clips):
+            if all(row[column] == value for column, value in wanted.items()):
+                numbers.append(number)
+        return numbers
 
 # %% ../../nbs/21_data.shards.ipynb #027b
 @patch
@@ -534,6 +556,7 @@ def planes(
         raise InputError(f'the clips in {self.folder} have sound and no pictures')
     return _stored_planes(self._shards, row, start, stop, self.about['keyframe'])
 
+# %% ../../nbs/21_data.shards.ipynb #f460847b
 @patch
 def frames(
     self: ClipStore,
@@ -559,7 +582,7 @@ def mel(
         remedy = f'set datasets.{self.folder.name}.sound to true'
         raise InputError(f'the clips in {self.folder} were stored without sound: {remedy}')
     every = self.about['keyframe']
-    first, last = start//every, -(-stop//every)
+    first, last = start//every, -(-stop//every) # chunks; the second is rounded up
     levels = _stored_levels(self._shards, row, first, last, self.about['bands'])
     steps = np.array([start, stop, first*every])
     a, b, origin = columns_until(steps, self.about['fps'], self.about['columns_per_second'])

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['COLUMNS', 'SPLITS', 'TRAINING', 'VIDEO', 'SOUND', 'MEDIA', 'NO_MEDIA', 'LISTED', 'FORBIDDEN', 'NO_FILE', 'KINDS',
-           'clip_name', 'printable', 'some_of', 'read_text', 'text_lines', 'csv_rows', 'nfc', 'read_json', 'seconds',
+           'clip_name', 'printable', 'some_of', 'read_text', 'text_lines', 'nfc', 'csv_rows', 'read_json', 'seconds',
            'relative_message', 'read_items', 'listing', 'media_files', 'left_out', 'Folders', 'as_table', 'chance',
            'training_order']
 
@@ -56,8 +56,10 @@ def printable(
     text: str, # a message, or a name of any bytes
 ) -> str: # what can be printed and written as UTF-8
     "A text on one line, with the code of each character that cannot be printed."
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in text)
+    signs = [sign if sign.isprintable() else sign.encode('unicode_escape').decode() for sign in text]
+    return ''.join(signs)
 
+# %% ../../nbs/10_data.table.ipynb #cc573dfb
 def some_of(
     names: list, # of files
     count: int = 5, # so many are named
@@ -84,12 +86,18 @@ def read_text(
     except OSError as e:
         raise InputError(f'{path} cannot be read: {e.strerror}') from None
 
+# %% ../../nbs/10_data.table.ipynb #379e96c7
 def text_lines(
     path: str | Path, # a text file
 ) -> list: # (number of the line, from 1; the line without spaces around it) for each line that is not empty
     "The lines of a text file with their numbers; raises `InputError`."
     lines = enumerate(read_text(path).split('\n'), 1)
     return [(number, line.strip()) for number, line in lines if line.strip()]
+
+# %% ../../nbs/10_data.table.ipynb #4bda6bd6
+def nfc(text: str) -> str:
+    "A text with its accents in one form."
+    return text if text.isascii() else unicodedata.normalize('NFC', text)
 
 # %% ../../nbs/10_data.table.ipynb #014
 def csv_rows(
@@ -113,14 +121,21 @@ def csv_rows(
         elif len(cells) != len(names):
             yield number, ValueError(f'{len(cells)} cells where {len(names)} belong ({", ".join(names)})')
         else:
-            yield number, {n: cell if n in exact else nfc(cell.strip()) for n, cell in zip(names, cells)}
+            row = dict(zip(names, cells))
+            yield number, row | {name: nfc(cell.strip()) for name, cell in row.items() if name not in exact}
     if empty:
         numbers = some_of([str(number) for number in empty])
         raise InputError(f'{path}, line {numbers}: commas with nothing between them; remove these lines')
 
-def nfc(text: str) -> str:
-    "A text with its accents in one form."
-    return text if text.isascii() else unicodedata.normalize('NFC', text)
+# %% ../../nbs/10_data.table.ipynb #31d04162
+def _separator_hint(names: list) -> str:
+    "For a header that is one cell with other separators in it."
+    if len(names) != 1:
+        return ''
+    for sign, word in ((';', 'semicolons'), ('\t', 'tabs')):
+        if sign in names[0]:
+            return f'; its cells seem to be separated by {word}: use commas'
+    return ''
 
 # %% ../../nbs/10_data.table.ipynb #a41c0004
 def _check_header(
@@ -140,14 +155,7 @@ def _check_header(
     if twice:
         raise InputError(f'{path} has two columns {twice[0]!r}')
 
-def _separator_hint(names: list) -> str:
-    "For a header that is one cell with other separators in it."
-    if len(names) == 1:
-        for sign, word in ((';', 'semicolons'), ('\t', 'tabs')):
-            if sign in names[0]:
-                return f'; its cells seem to be separated by {word}: use commas'
-    return ''
-
+# %% ../../nbs/10_data.table.ipynb #2e141303
 def _split_rows(
     reader, # a csv reader
 ):
@@ -178,6 +186,7 @@ def read_json(
         raise InputError(f'{path} should hold a {kind.__name__}, not a {type(value).__name__}')
     return value
 
+# %% ../../nbs/10_data.table.ipynb #13bc090e
 def _without_contradiction(pairs: list) -> dict:
     "An object of json; raises `ValueError` where one name has two values."
     entries = {}
@@ -187,6 +196,7 @@ def _without_contradiction(pairs: list) -> dict:
             raise ValueError(f'{name!r} stands there twice, with {first!r} and {value!r}')
     return entries
 
+# %% ../../nbs/10_data.table.ipynb #735f3cd4
 def seconds(
     text: str, # a time as written in a list
 ) -> float: # seconds, finite, not negative
@@ -204,6 +214,7 @@ def relative_message(
     "An error's message without the dataset's folder, which is another on each machine."
     return str(error).replace(f'{folder}{os.sep}', '')
 
+# %% ../../nbs/10_data.table.ipynb #12e4351c
 def read_items(
     folder: Path, # the dataset's
     path: Path, # the list, in it
@@ -261,6 +272,7 @@ def _kind(
         pass
     return 'broken' if entry.is_symlink() else 'else'
 
+# %% ../../nbs/10_data.table.ipynb #29acb4e3
 def _visible(
     folder: str | Path, # any folder, or the path of none
 ) -> list: # of os.DirEntry, sorted by name
@@ -357,8 +369,9 @@ def left_out(
 
 def _common_endings(paths: list) -> str:
     "The eight most common endings and their counts."
-    endings = Counter(os.path.splitext(path)[1].lower() or 'none' for path in paths)
-    return ', '.join(f'{printable(ending)} {count:,}' for ending, count in endings.most_common(8))
+    endings = [os.path.splitext(path)[1].lower() or 'none' for path in paths]
+    counts = Counter(endings).most_common(8)
+    return ', '.join(f'{printable(ending)} {count:,}' for ending, count in counts)
 
 # %% ../../nbs/10_data.table.ipynb #a41c0011
 KINDS = (VIDEO, (*SOUND, '.ogg', '.ogx')) # endings of which one may stand for another
@@ -367,6 +380,21 @@ def _kinds(name: str) -> list:
     "The kinds of media that a name may be of, by its ending."
     return [kind for kind in KINDS if name.lower().endswith(kind)]
 
+# %% ../../nbs/10_data.table.ipynb #18d8c269
+def _by_stem(
+    names: set, # in one folder
+) -> dict: # (name before its ending, kind): name
+    "Media files by what stands before their ending, and by their kind."
+    files = {}
+    for name in sorted(names, reverse=True): # the first by name is the last to be entered, and stays
+        if name.startswith('.'):
+            continue
+        stem = nfc(os.path.splitext(name)[0])
+        for kind in _kinds(name):
+            files[stem, kind] = name
+    return files
+
+# %% ../../nbs/10_data.table.ipynb #ec538cd9
 class _Names:
     "The names in one folder, and the other ways to write them."
     def __init__(self, folder: str | Path):
@@ -382,15 +410,8 @@ class _Names:
 
     @cached_property
     def by_stem(self) -> dict:
-        "Name of a media file before its ending, and its kind: name."
-        names = {}
-        for name in sorted(self.all, reverse=True): # the first by name is the last to be entered, and stays
-            if name.startswith('.'):
-                continue
-            stem = nfc(os.path.splitext(name)[0])
-            for kind in _kinds(name):
-                names[stem, kind] = name
-        return names
+        "As `_by_stem`."
+        return _by_stem(self.all)
 
     def similar(self, name: str) -> str | None:
         "A file of the same kind with the name's stem, or with one more ending (`a.mp4.mkv`)."
@@ -401,6 +422,36 @@ class _Names:
                     return found
         return None
 
+    def find(self, name: str, endings: bool) -> str | None:
+        "The name on the disk; with `endings`, of a file with another ending if need be."
+        found = name if name in self.all else self.by_form.get(nfc(name))
+        if not found and endings:
+            found = self.similar(name)
+        return found
+
+# %% ../../nbs/10_data.table.ipynb #ca25de13
+class _Listings:
+    "Folders on the disk, each listed when something in it is first looked for."
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.names = {} # path of a folder: `_Names`
+
+    def find(
+        self,
+        place: str | None, # path of a folder on the disk; None: there is none
+        name: str, # of a file or folder in it
+        endings: bool, # whether a file with another ending of the same kind will do
+    ) -> str | None: # its path on the disk
+        "A file or folder in a folder."
+        if place is None:
+            return None
+        if place not in self.names:
+            self.names[place] = _Names(self.folder/place)
+        found = self.names[place].find(name, endings)
+        if not found:
+            return None
+        return f'{place}/{found}' if place else found
+
 # %% ../../nbs/10_data.table.ipynb #a41c0012
 class Folders:
     "A dataset's folders, each listed when something in it is first looked for."
@@ -409,9 +460,9 @@ class Folders:
         folder: str | Path, # the dataset's
         endings: bool = True, # whether a file with another ending of the same kind will do
     ):
-        self.folder, self.endings = Path(folder), endings
+        self.endings = endings
+        self.listings = _Listings(Path(folder))
         self.places = {'': ''} # folder in lists: on the disk
-        self.names = {} # folder on the disk: `_Names`
 
     def find(
         self,
@@ -419,32 +470,19 @@ class Folders:
     ) -> str | None: # the path on the disk; None: there is none
         "The file that a list means."
         place, slash, name = path.rpartition('/')
-        if slash and not place: # absolute
+        is_absolute = slash and not place
+        if is_absolute:
             return None
         if place not in self.places:
             self.places[place] = self._find_folder(place)
-        return self._find_in(self.places[place], name, self.endings)
+        return self.listings.find(self.places[place], name, self.endings)
 
     def _find_folder(self, path: str) -> str | None:
         "A folder on the disk, found from part to part of its path."
         place = ''
         for part in path.split('/'):
-            place = self._find_in(place, part, False)
+            place = self.listings.find(place, part, endings=False)
         return place
-
-    def _find_in(self, place: str | None, name: str, endings: bool) -> str | None:
-        "A file or folder in a folder of the disk."
-        if place is None:
-            return None
-        if place not in self.names:
-            self.names[place] = _Names(self.folder/place)
-        names = self.names[place]
-        found = name if name in names.all else names.by_form.get(nfc(name))
-        if not found and endings:
-            found = names.similar(name)
-        if not found:
-            return None
-        return f'{place}/{found}' if place else found
 
 # %% ../../nbs/10_data.table.ipynb #a41c0015
 def _find_files(
@@ -457,13 +495,14 @@ def _find_files(
         if row.get('problem'):
             continue
         listed = row['path']
-        candidates = map(folders.find, [listed, *row.get('elsewhere', ())])
-        found = next(filter(None, candidates), None)
+        places = [listed, *row.get('elsewhere', ())]
+        found = next(filter(None, map(folders.find, places)), None) # the first that is there
         if found not in (None, listed):
             renamed.append((listed, found))
             row['path'] = found
     return renamed
 
+# %% ../../nbs/10_data.table.ipynb #291a40fc
 def _place(row: dict) -> str:
     "Where a list has a row; else its file."
     return row.get('place') or row['path']
@@ -525,6 +564,7 @@ def as_table(
     table.attrs['notes'] = _notes(repeated, renamed)
     return table
 
+# %% ../../nbs/10_data.table.ipynb #457e0f84
 def _notes(repeated: list, renamed: list) -> list:
     "What was counted once, and what was found under another name."
     notes = []

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOLERANCE', 'SMALL_GAP', 'EQUAL_FRAMES', 'BLOCK', 'runs_of', 'refuse_false_clock', 'laid_out', 'Beginning',
-           'Resampling', 'Take', 'Sound']
+           'Resampler', 'Resampling', 'cut_in_runs', 'Take', 'Takes', 'Sound']
 
 # %% ../../nbs/17_data.waveform.ipynb #002
 from dataclasses import dataclass
@@ -31,7 +31,7 @@ def runs_of(
     offsets = np.pad(times - places/rate, 2, mode='edge')
     offsets = np.median(sliding_window_view(offsets, 5), axis=1)
     runs, current = [(places[0], times[0])], offsets[0]
-    if np.abs(offsets - current).max() <= tolerance:
+    if np.abs(offsets - current).max() <= tolerance: # nearly all files: no need to look at each frame
         return runs
     for place, offset in zip(places, offsets):
         if abs(offset - current) <= tolerance:
@@ -49,13 +49,15 @@ def refuse_false_clock(
 ):
     "Raise `Rejection` where the times of most frames do not fit their lengths."
     places, times = np.array(runs).T
-    heard, steps = samples/rate, np.abs(np.diff(times - places/rate))
-    bit_by_bit = steps[steps <= SMALL_GAP].sum() > 0.75*heard
-    is_scattered = len(runs) > frames/2 and steps.sum() > heard
+    heard = samples/rate
+    gaps = np.abs(np.diff(times - places/rate)) # seconds between runs, or by which they overlap
+    bit_by_bit = gaps[gaps <= SMALL_GAP].sum() > 0.75*heard
+    is_scattered = len(runs) > frames/2 and gaps.sum() > heard
     if bit_by_bit or is_scattered:
-        gaps = f'{steps.sum():.1f} s of gaps or overlaps'
-        raise Rejection('clock jumps', f'{gaps} between {heard:.1f} s of sound')
+        found = f'{gaps.sum():.1f} s of gaps or overlaps'
+        raise Rejection('clock jumps', f'{found} between {heard:.1f} s of sound')
 
+# %% ../../nbs/17_data.waveform.ipynb #bad0787c
 def laid_out(
     pieces: list, # (seconds, (n,) samples) of each run
     start: float, # seconds, when the waveform begins
@@ -74,6 +76,7 @@ def laid_out(
 # decoders whose frames are of one size
 EQUAL_FRAMES = {'aac', 'mp3', 'mp3float', 'mp2', 'mp2float', 'ac3', 'eac3', 'dca', 'opus', 'libopus'}
 
+# %% ../../nbs/17_data.waveform.ipynb #ed5f0eb0
 @dataclass(frozen=True)
 class Beginning:
     "How the sound of a file begins: its first run of frames without gaps."
@@ -91,15 +94,45 @@ class Beginning:
         times, samples = np.array(frames).T
         places = np.cumsum(samples) - samples
         place, time = runs_of(places[:-1], times[:-1], rate)[-1]
-        first = int(np.searchsorted(places, place))
-        following = int(samples[first + 1]) if codec in EQUAL_FRAMES else 1
-        return cls(float(time), int(samples[first]), following)
+        number = int(np.searchsorted(places, place))
+        following = int(samples[number + 1]) if codec in EQUAL_FRAMES else 1
+        return cls(float(time), int(samples[number]), following)
 
     def place(self, time: float, rate: int) -> int:
         "How many samples are in front of a frame that is heard at `time`."
         place = (time - self.time)*rate
-        whole = self.first + round((place - self.first)/self.frame)*self.frame
-        return whole if abs(whole - place) < 0.002*rate else round(place)
+        frames_between = round((place - self.first)/self.frame)
+        whole = self.first + frames_between*self.frame
+        is_near = abs(whole - place) < 0.002*rate
+        return whole if is_near else round(place)
+
+# %% ../../nbs/17_data.waveform.ipynb #1b1b60ba
+class Resampler:
+    "One channel at another rate, in pieces of any length."
+    def __init__(self,
+        source: int, # samples per second that come
+        rate: int, # wanted samples per second
+    ):
+        self.source = source
+        self.resampler = av.AudioResampler(format='flt', layout='mono', rate=rate)
+        self.sounds, self.samples = [np.zeros(0, np.float32)], 0 # what was resampled, and its samples
+
+    def add(self,
+        sound: np.ndarray, # (n,) float32
+    ):
+        "Resample the next piece."
+        frame = av.AudioFrame.from_ndarray(sound[None], 'flt', 'mono')
+        frame.sample_rate = self.source
+        self._keep(frame)
+
+    def finish(self):
+        "Resample what is left: no piece follows."
+        self._keep(None)
+
+    def _keep(self, frame: av.AudioFrame | None):
+        for piece in self.resampler.resample(frame):
+            self.sounds.append(piece.to_ndarray()[0])
+            self.samples += piece.samples
 
 # %% ../../nbs/17_data.waveform.ipynb #013
 BLOCK = 10 # seconds of sound that are mixed and resampled at a time
@@ -112,38 +145,47 @@ class Resampling:
         downmix: Downmix, # to one channel
         unused: int = 0, # samples to leave out at the beginning
     ):
-        self.source, self.downmix, self.unused = source, downmix, unused
-        self.resampler = av.AudioResampler(format='flt', layout='mono', rate=rate)
+        self.downmix, self.unused = downmix, unused
+        self.resampler = Resampler(source, rate)
         self.block, self.waiting = [], 0 # frames that are not mixed yet, and their samples
         self.mixed = 0 # samples of all frames before them
-        self.sounds, self.samples = [np.zeros(0, np.float32)], 0 # what was resampled, and its samples
 
     def add(self, frame: av.AudioFrame):
         "Take the next frame."
         self.block.append(frame)
         self.waiting += frame.samples
-        if self.waiting >= BLOCK*self.source:
+        if self.waiting >= BLOCK*self.resampler.source:
             self._mix()
 
     def finish(self):
         "Resample what is left: no frame follows."
         if self.block:
             self._mix()
-        self._keep(None)
+        self.resampler.finish()
 
     def _mix(self):
         sound = self.downmix.mono(self.block)
         dropped = min(len(sound), max(0, self.unused - self.mixed))
-        frame = av.AudioFrame.from_ndarray(sound[None, dropped:], 'flt', 'mono')
-        frame.sample_rate = self.source
-        self._keep(frame)
+        self.resampler.add(sound[dropped:])
         self.mixed += self.waiting
         self.block, self.waiting = [], 0
 
-    def _keep(self, frame: av.AudioFrame | None):
-        for piece in self.resampler.resample(frame):
-            self.sounds.append(piece.to_ndarray()[0])
-            self.samples += piece.samples
+# %% ../../nbs/17_data.waveform.ipynb #c8abd2cb
+def cut_in_runs(
+    sound: np.ndarray, # (n,) float32, resampled
+    runs: list, # of (place, seconds): samples in front of each run before resampling, and when it is heard
+    source: int, # samples per second before resampling
+    rate: int, # samples per second of `sound`
+) -> list: # of (seconds, (m,) float32)
+    "The runs of a sound, each with the time of its first sample."
+    scale = rate/source
+    starts = [max(0, round(place*scale)) for place, _ in runs]
+    ends = [*starts[1:], len(sound)]
+    pieces = []
+    for (place, time), start, end in zip(runs, starts, ends):
+        first_sample = time + start/rate - place/source # seconds
+        pieces.append((first_sample, sound[start:end]))
+    return pieces
 
 # %% ../../nbs/17_data.waveform.ipynb #0132
 class Take:
@@ -162,7 +204,8 @@ class Take:
         if beginning is not None:
             place = beginning.place(time, self.source)
             self.begins = beginning.time + place/self.source
-            self.unused = -place % (self.source//gcd(self.source, rate))
+            period = self.source//gcd(self.source, rate) # samples after which the resampler repeats
+            self.unused = -place % period
         self.resampling = Resampling(self.source, rate, downmix, self.unused)
 
     def add(self, frame: av.AudioFrame, time: float):
@@ -177,31 +220,58 @@ class Take:
         tolerance = max(TOLERANCE, 1.5*self.time_base)
         runs = runs_of(np.array(self.places), np.array(self.times), self.source, tolerance)
         refuse_false_clock(runs, len(self.times), self.length, self.source)
-        sound = np.concatenate(self.resampling.sounds)
-        scale = self.rate/self.source
-        starts = [max(0, round(place*scale)) for place, _ in runs]
-        ends = [*starts[1:], len(sound)]
-        times = [time + start/self.rate - place/self.source for start, (place, time) in zip(starts, runs)]
-        return [(time, sound[start:end]) for time, start, end in zip(times, starts, ends)]
+        sound = np.concatenate(self.resampling.resampler.sounds)
+        return cut_in_runs(sound, runs, self.source, self.rate)
+
+# %% ../../nbs/17_data.waveform.ipynb #067a1312
+class Takes:
+    "The sound of a file in takes, all of them mixed by one rule."
+    def __init__(self,
+        rate: int, # wanted samples per second
+        side: int | None, # of sound in stereo, 0: the left side alone, 1: the right one; None: their mean
+    ):
+        self.rate, self.takes = rate, []
+        self.downmix = Downmix(side)
+
+    @property
+    def audible_side(self) -> int | None: # 0: left, 1: right
+        "The louder side of sound whose sides cancel each other; None where their mean can be heard."
+        return self.downmix.audible_side
+
+    @property
+    def begins(self) -> float | None: # seconds; None without sound
+        return self.takes[0].begins if self.takes else None
+
+    @property
+    def nbytes(self) -> int:
+        samples = [take.resampling.resampler.samples for take in self.takes]
+        return 4*sum(samples)
+
+    def waveform(self, start: float) -> np.ndarray: # (n,) float32 mono
+        "All sound of a finished recording from `start` (seconds) on."
+        pieces = []
+        for take in self.takes:
+            pieces += take.pieces()
+        return laid_out(pieces, start, self.rate)
 
 # %% ../../nbs/17_data.waveform.ipynb #015
-class Sound:
+class Sound(Takes):
     "Collects the sound of a file, from frames that arrive in order."
     def __init__(self,
         rate: int, # wanted samples per second
         beginning: Beginning | None = None, # of the file's sound; None where the frames begin with it
         side: int | None = None, # of sound in stereo, 0: the left side alone, 1: the right one; None: their mean
     ):
-        self.rate, self.beginning, self.takes = rate, beginning, []
+        super().__init__(rate, side)
+        self.beginning = beginning
         self.kind, self.settled = None, beginning is None
-        self.downmix = Downmix(side)
 
     def add(self, frame: av.AudioFrame, time: float):
         "Take the next frame, which is heard at `time`."
-        kind = frame.format.name, frame.layout.name, frame.sample_rate
-        if not self.settled: # the decoder may have left out a part of it
+        if not self.settled:
             self.settled = True
             return
+        kind = frame.format.name, frame.layout.name, frame.sample_rate
         if kind != self.kind:
             self.finish()
             beginning = None if self.takes else self.beginning
@@ -213,19 +283,3 @@ class Sound:
         "End the latest take; nothing of it follows."
         if self.takes:
             self.takes[-1].resampling.finish()
-
-    @property
-    def audible_side(self) -> int | None: # 0: left, 1: right
-        "The louder side of sound whose sides cancel each other; None where their mean can be heard."
-        return self.downmix.audible_side
-
-    @property
-    def begins(self) -> float | None: return self.takes[0].begins if self.takes else None
-
-    @property
-    def nbytes(self) -> int: return 4*sum(take.resampling.samples for take in self.takes)
-
-    def waveform(self, start: float) -> np.ndarray: # (n,) float32 mono
-        "All sound of a finished recording from `start` (seconds) on."
-        pieces = [piece for take in self.takes for piece in take.pieces()]
-        return laid_out(pieces, start, self.rate)

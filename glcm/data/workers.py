@@ -51,8 +51,10 @@ class PreprocessConfig:
 # %% ../../nbs/21b_data.workers.ipynb #007
 def _message(head: dict, parts: list = ()) -> bytes:
     "A message as it is written."
-    text = json.dumps(head | dict(parts=[len(part) for part in parts])).encode()
-    return struct.pack('<Q', len(text)) + text + b''.join(parts)
+    sizes = [len(part) for part in parts]
+    text = json.dumps(head | dict(parts=sizes)).encode()
+    length = struct.pack('<Q', len(text))
+    return length + text + b''.join(parts)
 
 def _receive(
     read: Callable, # of a number of bytes
@@ -61,24 +63,28 @@ def _receive(
     length = read(8)
     if len(length) < 8:
         raise EOFError
-    head = json.loads(read(*struct.unpack('<Q', length)))
+    size, = struct.unpack('<Q', length)
+    head = json.loads(read(size))
     return head, read(sum(head['parts']))
 
 # %% ../../nbs/21b_data.workers.ipynb #009
 def _clip_message(members: dict, entries: dict) -> bytes:
     "A clip that was encoded."
-    sizes = {suffix: [len(chunk) for chunk in chunks] for suffix, chunks in members.items()}
-    parts = [chunk for chunks in members.values() for chunk in chunks]
+    sizes, parts = {}, []
+    for suffix, chunks in members.items():
+        sizes[suffix] = [len(chunk) for chunk in chunks]
+        parts += chunks
     return _message(dict(chunks=sizes, entries=entries), parts)
 
 def _members(chunks: dict, data: bytes) -> dict: # suffix -> chunks
     "Cut the bytes of an answer into the chunks of each member."
-    members, place = {}, 0
+    members, start = {}, 0
     for suffix, sizes in chunks.items():
         members[suffix] = []
         for size in sizes:
-            members[suffix].append(data[place:place + size])
-            place += size
+            stop = start + size
+            members[suffix].append(data[start:stop])
+            start = stop
     return members
 
 # %% ../../nbs/21b_data.workers.ipynb #012
@@ -110,6 +116,7 @@ def _minutes_of(
     seconds = min(promised, LONGEST if end is None else end, LONGEST)
     return max(1.0, seconds/60)
 
+# %% ../../nbs/21b_data.workers.ipynb #fe49c89a
 @contextmanager
 def _computing_limited(
     seconds: float, # of processor time
@@ -129,6 +136,7 @@ def _import_faces(settings: Settings):
         if faces_installed():
             import dlib
 
+# %% ../../nbs/21b_data.workers.ipynb #728bf8a6
 def _encoded(
     job: dict, # a request
     send: Callable, # writes a message to the parent
@@ -232,6 +240,7 @@ def _start_child(
     pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors)
     return subprocess.Popen([sys.executable, '-c', program], bufsize=0, env=environment, **pipes)
 
+# %% ../../nbs/21b_data.workers.ipynb #9cff9972
 def _read(
     pipe: int, # number of the file
     deadline: float, # on the monotonic clock, seconds
@@ -276,6 +285,7 @@ def _start(self: Decoder):
         text = errors.read().decode(errors='replace')[-2000:]
         raise RuntimeError(f'the decoding process does not start:\n{text}') from None
 
+# %% ../../nbs/21b_data.workers.ipynb #23e203ca
 @patch
 def _end(
     self: Decoder,
@@ -330,6 +340,19 @@ def encode(
         raise Rejection(*head['rejected'])
     return _members(head['chunks'], data), head['entries']
 
+# %% ../../nbs/21b_data.workers.ipynb #b99afc4a
+def _why_missing(folder: Path, path: Path, error: OSError) -> str:
+    "What of a path is not there."
+    name = f'{folder.name}/{path.relative_to(folder)}'
+    missing = path
+    while missing.parent != folder and not os.path.lexists(missing.parent):
+        missing = missing.parent
+    if os.path.islink(path):
+        return f'{name} is a link to {os.readlink(path)}, which cannot be opened: {error.strerror}'
+    if missing != path:
+        return f'{name}: there is no folder {folder.name}/{missing.relative_to(folder)}'
+    return f'{name}: {error.strerror}'
+
 # %% ../../nbs/21b_data.workers.ipynb #028
 def media_file(
     folder: Path, # where the dataset's files are
@@ -349,21 +372,42 @@ def media_file(
         raise Rejection('not a file', f'{name} is a {kind}')
     return path
 
-def _why_missing(folder: Path, path: Path, error: OSError) -> str:
-    "What of a path is not there."
-    name, missing = f'{folder.name}/{path.relative_to(folder)}', path
-    while missing.parent != folder and not os.path.lexists(missing.parent):
-        missing = missing.parent
-    if os.path.islink(path):
-        return f'{name} is a link to {os.readlink(path)}, which cannot be opened: {error.strerror}'
-    if missing != path:
-        return f'{name}: there is no folder {folder.name}/{missing.relative_to(folder)}'
-    return f'{name}: {error.strerror}'
-
-# %% ../../nbs/21b_data.workers.ipynb #031
+# %% ../../nbs/21b_data.workers.ipynb #b08562f7
 TRANSIENT = {'takes too long', 'crashes the decoder'} # reasons that a longer limit or more memory may remove
+
+def _encode_twice(
+    decoder: Decoder,
+    path: Path, # of the row's file
+    row: dict, # of the catalogue
+    settings: Settings, # how clips are stored
+    seconds: float, # that a file may take
+) -> tuple: # as `encode_row`
+    "Encode a clip; what fails for a transient reason is tried once more, in a child of its own."
+    for is_last in (False, True):
+        try:
+            return decoder.encode(path, settings, row.get('start'), row.get('end'), seconds), None
+        except Rejection as e:
+            if e.reason not in TRANSIENT:
+                return None, (e.reason, e.detail)
+            if is_last:
+                return None, (e.reason, f'{e.detail}; tried twice, another run may decode it')
+
+# %% ../../nbs/21b_data.workers.ipynb #8dd717e5
 _idle_decoders = queue.SimpleQueue()
 
+@contextmanager
+def _idle_decoder() -> Iterator: # the `Decoder`
+    "A decoder that is idle, or a new one; it is idle again after the block."
+    try:
+        decoder = _idle_decoders.get_nowait()
+    except queue.Empty:
+        decoder = Decoder()
+    try:
+        yield decoder
+    finally:
+        _idle_decoders.put(decoder)
+
+# %% ../../nbs/21b_data.workers.ipynb #031
 def encode_row(
     folder: Path, # where the dataset's files are
     row: dict, # of the catalogue
@@ -377,41 +421,11 @@ def encode_row(
         path = media_file(folder, row['path'])
     except Rejection as e:
         return None, (e.reason, e.detail)
-    try:
-        decoder = _idle_decoders.get_nowait()
-    except queue.Empty:
-        decoder = Decoder()
-    try:
+    with _idle_decoder() as decoder:
         return _encode_twice(decoder, path, row, settings, seconds)
-    finally:
-        _idle_decoders.put(decoder)
-
-def _encode_twice(decoder, path, row, settings, seconds) -> tuple: # as `encode_row`
-    "Encode a clip; what fails for a transient reason is tried once more, in a child of its own."
-    for is_last in (False, True):
-        try:
-            return decoder.encode(path, settings, row.get('start'), row.get('end'), seconds), None
-        except Rejection as e:
-            if e.reason not in TRANSIENT:
-                return None, (e.reason, e.detail)
-            if is_last:
-                return None, (e.reason, f'{e.detail}; tried twice, another run may decode it')
 
 # %% ../../nbs/21b_data.workers.ipynb #033
 CONNECT_TIMEOUT = 30 # seconds that a Dask cluster may take to answer
-
-@contextmanager
-def workers(
-    executor: str = 'local', # 'local': this machine; 'tcp://host:port': a Dask cluster's scheduler
-): # executor, and how many files it decodes at a time
-    "Where files are decoded; raises `InputError` where the cluster cannot be reached."
-    if executor == 'local':
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-        with ThreadPoolExecutor(cores) as pool:
-            yield pool, cores
-    else:
-        with _dask_client(executor) as client:
-            yield client.get_executor(), max(1, sum(client.ncores().values()))
 
 def _dask_client(address: str):
     "A client of the cluster; raises `InputError` where there is none."
@@ -424,6 +438,20 @@ def _dask_client(address: str):
         return Client(address, timeout=CONNECT_TIMEOUT)
     except (OSError, ValueError) as e:
         raise InputError(f'no Dask cluster answers at preprocess.executor = {address!r}: {e}') from None
+
+# %% ../../nbs/21b_data.workers.ipynb #59e93dcf
+@contextmanager
+def workers(
+    executor: str = 'local', # 'local': this machine; 'tcp://host:port': a Dask cluster's scheduler
+): # executor, and how many files it decodes at a time
+    "Where files are decoded; raises `InputError` where the cluster cannot be reached."
+    if executor == 'local':
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        with ThreadPoolExecutor(cores) as pool:
+            yield pool, cores
+    else:
+        with _dask_client(executor) as client:
+            yield client.get_executor(), max(1, sum(client.ncores().values()))
 
 # %% ../../nbs/21b_data.workers.ipynb #035
 def encode_in_order(

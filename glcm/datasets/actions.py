@@ -67,6 +67,7 @@ def ucf_clip(
     clip = file.removesuffix('.avi')
     return dict(clip=clip, path=f'UCF-101/{name}/{file}', label=label, group=group, side=side)
 
+# %% ../../nbs/27_datasets.actions.ipynb #c772e2e0
 def ucf101(
     folder: Path, # holds UCF-101 and ucfTrainTestlist
 ) -> pd.DataFrame: # the catalogue, with three splits

@@ -65,6 +65,12 @@ EXPECTED = dict( # the layouts, for messages
     flickr_soundnet='Annotations/<id>.xml and clips/<id>.mp4',
     folder='media files, or a labels.csv with a column of their paths from this folder')
 
+# %% ../../nbs/29b_datasets.catalogue.ipynb #b701deab
+def _contents(folder: Path) -> str:
+    "What is in a folder, at most five names."
+    names = [f'{path.name}/' if path.is_dir() else path.name for path in folder.iterdir()]
+    return some_of(sorted(names)) or 'nothing'
+
 # %% ../../nbs/29b_datasets.catalogue.ipynb #008
 def read_catalogue(
     reader: str, # which reader: a key of READERS
@@ -89,10 +95,14 @@ def read_catalogue(
     table.attrs['expected'] = expected
     return table
 
-def _contents(folder: Path) -> str:
-    "What is in a folder, at most five names."
-    names = [f'{path.name}/' if path.is_dir() else path.name for path in folder.iterdir()]
-    return some_of(sorted(names)) or 'nothing'
+# %% ../../nbs/29b_datasets.catalogue.ipynb #11284540
+def _sides(row: tuple) -> list: # one for each split
+    "The sides of a clip: in its splits, or its split, or its fold."
+    if row.splits:
+        return row.splits
+    if row.split is None:
+        return [row.fold]
+    return ['train' if row.split == 'pretrain' else row.split]
 
 # %% ../../nbs/29b_datasets.catalogue.ipynb #014
 def leaks(
@@ -108,11 +118,3 @@ def leaks(
             clips[row.group, number] += 1
     rows = [(*key, sorted(found), clips[key]) for key, found in sides.items() if len(found) > 1]
     return pd.DataFrame(rows, columns=['group', 'number', 'sides', 'clips'])
-
-def _sides(row: tuple) -> list: # one for each split
-    "The sides of a clip: in its splits, or its split, or its fold."
-    if row.splits:
-        return row.splits
-    if row.split is None:
-        return [row.fold]
-    return ['train' if row.split == 'pretrain' else row.split]

@@ -31,6 +31,25 @@ def word_duration(
     except (TypeError, ValueError):
         raise InputError(f'{path} has no line like "Duration: 0.47 seconds"') from None
 
+# %% ../../nbs/25_datasets.lipreading.ipynb #6373a92d
+def _lrw_row(
+    folder: Path, # the dataset's
+    path: str, # of the clip, in it
+    word: str,
+    split: str,
+) -> dict: # the clip's columns
+    "A clip of LRW, with the times of its word or the problem with its text file."
+    clip = f'{split}_{Path(path).stem}'
+    row = dict(clip=clip, path=path, label=word, text=word, split=split)
+    try:
+        duration = word_duration((folder/path).with_suffix('.txt'))
+    except InputError as e:
+        return row | dict(problem=relative_message(e, folder))
+    middle = FRAMES/FPS/2
+    half = min(duration/2, middle)
+    start, end = round(middle - half, 5), round(middle + half, 5)
+    return row | dict(words=[[word, start, end]])
+
 # %% ../../nbs/25_datasets.lipreading.ipynb #006
 def lrw(
     folder: Path, # lipread_mp4, or the folder that holds it
@@ -44,22 +63,6 @@ def lrw(
             for file in listing(folder/place, VIDEO):
                 rows.append(_lrw_row(folder, f'{place}/{file}', word, split))
     return as_table(rows, folder)
-
-def _lrw_row(
-    folder: Path, # the dataset's
-    path: str, # of the clip, in it
-    word: str,
-    split: str,
-) -> dict: # the clip's columns
-    "A clip of LRW, with the times of its word or the problem with its text file."
-    row = dict(clip=f'{split}_{Path(path).stem}', path=path, label=word, text=word, split=split)
-    middle = FRAMES/FPS/2
-    try:
-        duration = word_duration((folder/path).with_suffix('.txt'))
-    except InputError as e:
-        return row | dict(problem=relative_message(e, folder))
-    half = min(duration/2, middle)
-    return row | dict(words=[[word, round(middle - half, 5), round(middle + half, 5)]])
 
 # %% ../../nbs/25_datasets.lipreading.ipynb #007b
 MOUTH = 'mouth_x0', 'mouth_y0', 'mouth_x1', 'mouth_y1' # columns of its corners, pixels
@@ -79,6 +82,7 @@ def _speakers_and_mouths(
         found[name] = dict(group=row['speaker'], boxes=[box])
     return found
 
+# %% ../../nbs/25_datasets.lipreading.ipynb #b01ef291
 def lrwar(
     folder: Path, # holds lipread_mp4 and clips.csv
 ) -> pd.DataFrame: # the catalogue, with speakers as groups and the boxes of the mouths
@@ -101,7 +105,7 @@ def transcript(
         raise InputError(f'{path} has no line that begins with "Text:"')
     header_and_words = list(dropwhile(lambda numbered: not numbered[1].startswith('WORD START END'), lines))
     words = []
-    for number, line in header_and_words[1:]:
+    for number, line in header_and_words[1:]: # none where there is no such header
         try:
             word, start, end, *_ = line.split()
             words.append([word, seconds(start), seconds(end)])
@@ -123,6 +127,7 @@ def lrs2_clip(
     clip = f'{Path(place).name}_{programme}_{number}'
     return dict(clip=clip, path=f'{place}/{programme}/{number}.mp4', split=split, group=programme)
 
+# %% ../../nbs/25_datasets.lipreading.ipynb #898f24fc
 def add_transcripts(
     rows: list, # of clips; to each, text and words are added, or the problem with its .txt
     folder: Path, # the dataset's
@@ -164,6 +169,15 @@ def lrs2(
 ALIGNMENT_RATE = 25000 # units of an alignment in a second
 SILENCES = ('sil', 'sp')
 
+def _aligned_word(path: str | Path, number: int, line: str) -> list:
+    "A line of an alignment as [word, start, end] in seconds; raises `InputError`."
+    try:
+        start, end, word = line.split()
+        return [word, seconds(start)/ALIGNMENT_RATE, seconds(end)/ALIGNMENT_RATE]
+    except ValueError:
+        raise InputError(f'{path}, line {number}: {line!r} is no start, end and word') from None
+
+# %% ../../nbs/25_datasets.lipreading.ipynb #ba55fd53
 def alignment(
     path: str | Path, # an .align file
 ) -> tuple: # words as [[word, start, end], ...] in seconds; where the first line starts and the last one ends
@@ -173,14 +187,6 @@ def alignment(
     if not words:
         raise InputError(f'{path} has no words')
     return words, (lines[0][1], lines[-1][2])
-
-def _aligned_word(path: str | Path, number: int, line: str) -> list:
-    "A line of an alignment as [word, start, end] in seconds; raises `InputError`."
-    try:
-        start, end, word = line.split()
-        return [word, seconds(start)/ALIGNMENT_RATE, seconds(end)/ALIGNMENT_RATE]
-    except ValueError:
-        raise InputError(f'{path}, line {number}: {line!r} is no start, end and word') from None
 
 # %% ../../nbs/25_datasets.lipreading.ipynb #017
 def random_split(
@@ -192,6 +198,7 @@ def random_split(
         return 'train'
     return 'validate' if number < 0.9 else 'test'
 
+# %% ../../nbs/25_datasets.lipreading.ipynb #ac4559c4
 def grid_speakers(
     folder: Path, # a GRID folder
 ):
@@ -206,6 +213,17 @@ def grid_speakers(
         for videos in (f'{speaker}/video', speaker):
             if listing(folder/videos, VIDEO):
                 yield speaker, videos, aligns
+
+# %% ../../nbs/25_datasets.lipreading.ipynb #283628a6
+def _add_alignment(row: dict, folder: Path, path: str) -> tuple | None:
+    "Words and text are added to a row, or the problem with the alignment; returns its span in seconds."
+    try:
+        row['words'], span = alignment(folder/path)
+    except InputError as e:
+        row['problem'] = relative_message(e, folder)
+        return None
+    row['text'] = ' '.join(word for word, start, end in row['words'])
+    return span
 
 # %% ../../nbs/25_datasets.lipreading.ipynb #019
 def _recordings(
@@ -225,16 +243,6 @@ def _recordings(
             if f'{stem}.align' in aligned:
                 span = _add_alignment(row, folder, f'{aligns}/{stem}.align')
             yield row, span
-
-def _add_alignment(row: dict, folder: Path, path: str) -> tuple | None:
-    "Words and text are added to a row, or the problem with the alignment; returns its span in seconds."
-    try:
-        row['words'], span = alignment(folder/path)
-    except InputError as e:
-        row['problem'] = relative_message(e, folder)
-        return None
-    row['text'] = ' '.join(word for word, start, end in row['words'])
-    return span
 
 # %% ../../nbs/25_datasets.lipreading.ipynb #020
 def grid(
@@ -256,6 +264,7 @@ def word_window(
     start = max(min(middle - length/2, latest), span[0])
     return round(start, 5), round(start + length, 5)
 
+# %% ../../nbs/25_datasets.lipreading.ipynb #435536ec
 def _word_row(
     recording: dict, # its row
     index: int, # of the word in the recording
@@ -264,7 +273,8 @@ def _word_row(
     "A word of a GRID recording as a clip."
     word, *times = recording['words'][index]
     start, end = word_window([word, *times], span)
-    in_window = [round(min(max(time - start, 0), end - start), 5) for time in times]
+    length = end - start
+    in_window = [round(min(max(time - start, 0), length), 5) for time in times]
     clip = f"{recording['clip']}_{index}"
     return recording | dict(clip=clip, start=start, end=end, label=word, text=word,
                             words=[[word, *in_window]])

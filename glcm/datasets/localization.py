@@ -43,6 +43,7 @@ def _vggss_row(
         return None
     return dict(clip=file, path=path, label=label, split='test', group=video, boxes=boxes)
 
+# %% ../../nbs/29_datasets.localization.ipynb #f73b6c26
 def vggss(
     folder: Path, # holds vggss.json and clips/<file>.mp4
 ) -> pd.DataFrame: # the catalogue, with boxes and, where items have them, the boxes of `others`, by name
@@ -54,7 +55,8 @@ def vggss(
     table = as_table(read_items(folder, path, enumerate(items, 1), _vggss_row, 'item'), folder)
     others = {}
     for item in items:
-        if isinstance(item, dict) and isinstance(item.get('file'), str) and 'others' in item:
+        is_clip = isinstance(item, dict) and isinstance(item.get('file'), str)
+        if is_clip and 'others' in item:
             others[item['file']] = item['others']
     if others:
         table['others'] = [others.get(clip) for clip in table['clip']]

@@ -68,6 +68,7 @@ def labels_file(
         raise InputError(f'{folder} has {" and ".join(names)}: keep one of them')
     return folder/names[0] if names else None
 
+# %% ../../nbs/29a_datasets.own.ipynb #04925e61
 def _label_rows(
     folder: Path, # the dataset's
     path: Path, # its labels.csv
@@ -104,6 +105,19 @@ def _without_case(path: str) -> str:
     "A path without spaces and differences between capitals and small letters."
     return ''.join(nfc(path).casefold().split())
 
+# %% ../../nbs/29a_datasets.own.ipynb #b32cf6b8
+def _labelled_files(folder: Path, path: Path, found: list) -> pd.DataFrame:
+    "The catalogue of the files that a labels.csv names; raises `InputError` where it names none."
+    rows = _label_rows(folder, path, found)
+    if not rows:
+        raise InputError(f'{path} names no files; expected a line for each, or no {path.name}')
+    table = as_table(rows, folder, own=True)
+    unnamed = sorted(set(found).difference(table.path))
+    if unnamed:
+        note = f'left out: {len(unnamed):,} (not in {path.name}): {some_of(unnamed)}'
+        table.attrs['notes'].append(note)
+    return table
+
 # %% ../../nbs/29a_datasets.own.ipynb #011
 def media_folder(
     folder: Path, # any folder of media files; labels.csv is optional
@@ -119,16 +133,4 @@ def media_folder(
     listed = set(table.path)
     unused = {file: reason for file, reason in left.items() if file not in listed}
     table.attrs['notes'] += left_out(unused)
-    return table
-
-def _labelled_files(folder: Path, path: Path, found: list) -> pd.DataFrame:
-    "The catalogue of the files that a labels.csv names; raises `InputError` where it names none."
-    rows = _label_rows(folder, path, found)
-    if not rows:
-        raise InputError(f'{path} names no files; expected a line for each, or no {path.name}')
-    table = as_table(rows, folder, own=True)
-    unnamed = sorted(set(found).difference(table.path))
-    if unnamed:
-        note = f'left out: {len(unnamed):,} (not in {path.name}): {some_of(unnamed)}'
-        table.attrs['notes'].append(note)
     return table

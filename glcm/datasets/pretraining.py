@@ -41,10 +41,12 @@ def _kinetics_folders(
     names = ['validate', 'val']
     if name not in names:
         return [name]
-    if all((folder/f'{other}.csv').exists() for other in names):
-        return sorted(names, key=lambda other: not (folder/other).is_dir()) # the same for both lists
+    has_both_lists = all((folder/f'{other}.csv').exists() for other in names)
+    if has_both_lists: # the same order for both
+        return sorted(names, key=lambda other: not (folder/other).is_dir())
     return sorted(names, key=lambda other: other != name)
 
+# %% ../../nbs/24_datasets.pretraining.ipynb #ace5c183
 def _kinetics_row(
     cells: dict, # column: text
     folders: list, # names of the folders that may hold the clip
@@ -58,10 +60,10 @@ def _kinetics_row(
         raise ValueError(f'{video} has no times in seconds') from None
     clip = f'{video}_{start:06.0f}_{end:06.0f}'
     label = cells.get('label')
-    classes = ['']
+    subfolders = ['']
     if label is not None:
-        classes = [f'{label}/', f'{label.replace(" ", "_")}/', '']
-    path, *elsewhere = [f'{folder}/{name}{clip}.mp4' for name in classes for folder in folders]
+        subfolders = [f'{label}/', f'{label.replace(" ", "_")}/', '']
+    path, *elsewhere = [f'{folder}/{subfolder}{clip}.mp4' for subfolder in subfolders for folder in folders]
     return dict(clip=clip, path=path, elsewhere=elsewhere, label=label, split=split, group=video)
 
 # %% ../../nbs/24_datasets.pretraining.ipynb #013
@@ -82,20 +84,7 @@ def kinetics_sounds(
     wanted = table.label.isin(KINETICS_SOUNDS) | table.problem.notna()
     return table[wanted].reset_index(drop=True)
 
-# %% ../../nbs/24_datasets.pretraining.ipynb #016
-def avspeech(
-    folder: Path, # holds avspeech_train.csv, avspeech_test.csv and clips/
-) -> pd.DataFrame: # the catalogue, with the place of the face
-    "AVSpeech (Ephrat et al. 2018): talking faces."
-    rows = []
-    for split in ('train', 'test'):
-        path = folder/f'avspeech_{split}.csv'
-        if not path.exists():
-            continue
-        lines = csv_rows(path, ['id', 'start', 'end', 'x', 'y'], header=False)
-        rows += read_items(folder, path, lines, partial(_avspeech_row, split=split))
-    return as_table(rows, folder)
-
+# %% ../../nbs/24_datasets.pretraining.ipynb #1b0b3d48
 def _avspeech_row(
     cells: dict, # column: text
     split: str,
@@ -110,3 +99,17 @@ def _avspeech_row(
         raise ValueError(f'id, start, end, x and y (in 0..1) are expected, found {line!r}: {e}') from None
     clip = f"{cells['id']}_{cells['start']}_{cells['end']}"
     return dict(clip=clip, path=f'clips/{clip}.mp4', split=split, group=cells['id'], face=[x, y])
+
+# %% ../../nbs/24_datasets.pretraining.ipynb #016
+def avspeech(
+    folder: Path, # holds avspeech_train.csv, avspeech_test.csv and clips/
+) -> pd.DataFrame: # the catalogue, with the place of the face
+    "AVSpeech (Ephrat et al. 2018): talking faces."
+    rows = []
+    for split in ('train', 'test'):
+        path = folder/f'avspeech_{split}.csv'
+        if not path.exists():
+            continue
+        lines = csv_rows(path, ['id', 'start', 'end', 'x', 'y'], header=False)
+        rows += read_items(folder, path, lines, partial(_avspeech_row, split=split))
+    return as_table(rows, folder)

@@ -49,16 +49,26 @@ def esc10(
     "ESC-10: the ten classes of ESC-50 that are marked in its csv."
     return _read_esc(folder, ['filename', 'fold', 'category', 'esc10'], _esc10_row)
 
+# %% ../../nbs/28_datasets.sounds.ipynb #be044f52
+def _sources_in_random_order(table: pd.DataFrame) -> pd.DataFrame: # label, group, order
+    "The sources of all classes; a source of two classes counts for one of them."
+    sources = table[['label', 'group']].drop_duplicates()
+    order = [chance(f'{label}/{group}') for label, group in zip(sources.label, sources.group)]
+    return sources.assign(order=order).sort_values('order').drop_duplicates('group')
+
+def _first_fold(label: str) -> int: # 0 to 4
+    "The fold of a class's first source; always to begin with fold 1 would make it the largest."
+    return int(5*chance(label))
+
 # %% ../../nbs/28_datasets.sounds.ipynb #014
 def esc50_sources(
     folder: Path, # as for `esc50`
 ) -> pd.DataFrame: # the catalogue, with five folds of sources
-    "A part of ESC-50, whose sources are dealt out to five folds, without classes of one source."
+    "A part of ESC-50, whose sources are assigned to five folds, without classes of one source."
     table = esc50(folder)
-    sources = table[table.problem.isna()][['label', 'group']].drop_duplicates()
-    sources = sources.assign(order=[chance(f'{label}/{group}') for label, group in zip(sources.label, sources.group)])
-    sources = sources.sort_values('order').drop_duplicates('group') # a source of two classes counts for one
-    place = sources.groupby('label').cumcount() + sources.label.map(lambda label: int(5*chance(label)))
+    sources = _sources_in_random_order(table[table.problem.isna()])
+    first_fold = sources.label.map(_first_fold)
+    place = sources.groupby('label').cumcount() + first_fold
     fold_of = dict(zip(sources.group, place % 5 + 1))
     count = sources.label.value_counts()
     rows = []
