@@ -258,6 +258,7 @@ def _copy_moved(
         packet.stream = copies[stream.index]
         target.mux(packet)
 
+# %% ../nbs/66_offset.ipynb #017b
 def shift_sound(
     path: str | Path, # a media file
     out: str | Path, # to write, of a kind that its ending names
