@@ -49,6 +49,7 @@ def run(
     print(f'glcm {name}: {message}', file=sys.stderr)
     return 2
 
+# %% ../nbs/68_commands.ipynb #007b
 def main(
     arguments: list[str] | None = None, # None: those of the process
 ):

@@ -42,6 +42,7 @@ def span_vectors(
         vectors = [F.normalize(vector, dim=1) for vector in vectors]
     return {name: vector[0].float().numpy() for name, vector in zip(VECTORS, vectors)}
 
+# %% ../nbs/67_embed.ipynb #005b
 def _spans(
     piece: Piece,
     config: RunConfig,
@@ -50,8 +51,9 @@ def _spans(
     length, columns = config.views.frames, config.model.mel_per_step
     for start in range(0, piece.own - length + 1, length):
         stop = start + length
-        video = torch.from_numpy(piece.frames[start:stop]).permute(3, 0, 1, 2)[None]
-        yield piece.first + start, video, scale_mel(torch.from_numpy(piece.mel[:, start*columns:stop*columns]))[None]
+        video = torch.from_numpy(piece.frames[start:stop]).permute(3, 0, 1, 2)
+        audio = scale_mel(torch.from_numpy(piece.mel[:, start*columns:stop*columns]))
+        yield piece.first + start, video[None], audio[None]
 
 def film_vectors(
     model: GLCM, # in evaluation mode
@@ -114,6 +116,7 @@ def embed_folder(
         raise InputError(f'{folder} has no film that can be used, among {len(paths)} media files')
     return rows
 
+# %% ../nbs/67_embed.ipynb #011b
 def main(arguments: list[str] | None = None):
     "Write the embeddings of all films in a folder."
     parser = argparse.ArgumentParser('glcm embed', description=main.__doc__)

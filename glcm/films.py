@@ -71,7 +71,9 @@ class Film:
         recording = read_recording(self.path, self.fps, self.short_side, rate, begin/self.fps, end/self.fps)
         heard = int(len(recording.waveform)/rate*self.fps + 1e-3) + 1
         count = min(len(recording.planes), heard, end - begin)
-        return (recording.frames[:count] if count else np.zeros((0, 2, 2, 3), np.uint8)), recording.waveform
+        if not count:
+            return np.zeros((0, 2, 2, 3), np.uint8), recording.waveform
+        return recording.frames[:count], recording.waveform
 
     def pictures(
         self,
@@ -83,6 +85,13 @@ class Film:
         return read_recording(self.path, self.fps, short_side, None, begin/self.fps, end/self.fps).frames
 
 # %% ../nbs/64_films.ipynb #012
+def _check_length(film: Film, count: int): # frames of the first piece
+    "Raise `InputError` where a film has no span that the model could take."
+    needed = film.config.views.frames
+    if count < needed:
+        raise InputError(f'{film.path.name}: {count} frames of picture and sound are too few: '
+                         f'the model takes {needed} at a time')
+
 def pieces(
     film: Film,
     steps: int, # of each piece, its own
@@ -95,9 +104,8 @@ def pieces(
         begin, end = max(0, first - context), first + steps + context
         end = end if limit is None else min(end, limit)
         frames, waveform = film.read(begin, end)
-        if begin == 0 and len(frames) < config.views.frames:
-            raise InputError(f'{film.path.name}: {len(frames)} frames of picture and sound are too few: '
-                             f'the model takes {config.views.frames} at a time')
+        if begin == 0:
+            _check_length(film, len(frames))
         before, reached = first - begin, begin + len(frames)
         own = min(steps, reached - first)
         if own <= 0:
@@ -105,7 +113,8 @@ def pieces(
         ends = reached <= first + steps and reached < first + steps + context
         mel = log_mel(waveform, len(frames)*config.model.mel_per_step, config.audio)
         bounds = np.array([before, before + own])/film.fps*config.audio.sample_rate
-        yield Piece(first, before, own, frames, mel, waveform[slice(*bounds.round().astype(int))], ends)
+        low, high = bounds.round().astype(int)
+        yield Piece(first, before, own, frames, mel, waveform[low:high], ends)
         first += steps
 
 # %% ../nbs/64_films.ipynb #014
@@ -133,19 +142,24 @@ class FilmWriter:
         for frame in frames:
             picture = av.VideoFrame.from_ndarray(np.ascontiguousarray(frame), format='rgb24')
             self.container.mux(self.video.encode(picture))
-        if not len(waveform):
-            return
+        if len(waveform):
+            self.container.mux(self.audio.encode(self._sound(waveform)))
+
+    def _sound(self, waveform: np.ndarray) -> av.AudioFrame:
+        "Samples with the time at which they are heard."
         mono = np.ascontiguousarray(waveform, np.float32)[None]
         sound = av.AudioFrame.from_ndarray(mono, format='fltp', layout='mono')
-        sound.sample_rate, sound.time_base, sound.pts = self.audio.rate, Fraction(1, self.audio.rate), self.samples
+        sound.sample_rate, sound.time_base = self.audio.rate, Fraction(1, self.audio.rate)
+        sound.pts = self.samples
         self.samples += len(waveform)
-        self.container.mux(self.audio.encode(sound))
+        return sound
 
     def finish(self):
         "Write what the encoders still hold."
         for stream in (self.video, self.audio):
             self.container.mux(stream.encode(None))
 
+# %% ../nbs/64_films.ipynb #014b
 @contextmanager
 def film_writer(
     path: str | Path, # an mp4 file to write

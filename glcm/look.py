@@ -14,7 +14,7 @@ import numpy as np
 
 from .core import InputError, atomic_path, progress
 from .export import load
-from .films import Film, film_writer, frame_size, pieces
+from .films import Film, Piece, film_writer, frame_size, pieces
 from .model import GLCM
 from .report.figures import render_film
 from .tasks.attend import AttendedVideo, attend
@@ -46,6 +46,10 @@ def peaks(
 PAGE = 10 # seconds of film that are drawn at a time
 HEIGHT = 240 # of the frames that are drawn, pixels
 
+def _own_mel(piece: Piece, columns: int) -> np.ndarray: # (bands, own * columns)
+    "The spectrogram of a piece's own steps, which have so many columns each."
+    return piece.mel[:, columns*piece.before:columns*(piece.before + piece.own)]
+
 def look(
     model: GLCM, # in evaluation mode
     film: Film,
@@ -64,12 +68,11 @@ def look(
         lines.writeheader()
         for piece in progress(pieces(film, page, length, limit), 'pages'):
             heatmaps = attend(model, config, piece.frames, piece.mel)[piece.is_own]
-            low, high = min(low, heatmaps.min()), max(high, heatmaps.max())
             lines.writerows(peaks(heatmaps, piece.first, film.fps, config.model.attention_temperature))
-            large = film.pictures(piece.first, piece.first + piece.own, HEIGHT)
-            columns = slice(*(config.model.mel_per_step*np.array([piece.before, piece.before + piece.own])))
-            mel = piece.mel[:, columns]
-            attended = AttendedVideo(large[:piece.own], heatmaps[:len(large)], mel, piece.waveform, film.fps)
+            low, high = min(low, heatmaps.min()), max(high, heatmaps.max())
+            large = film.pictures(piece.first, piece.first + piece.own, HEIGHT)[:piece.own]
+            mel = _own_mel(piece, config.model.mel_per_step)
+            attended = AttendedVideo(large, heatmaps[:len(large)], mel, piece.waveform, film.fps)
             writer.add(render_film(attended, HEIGHT, (low, high)), piece.waveform)
 
 # %% ../nbs/65_look.ipynb #012
@@ -77,7 +80,8 @@ def add_model_options(
     parser: argparse.ArgumentParser,
 ):
     "Options of every command that uses a model."
-    parser.add_argument('--model', help='bundle, checkpoint, or owner/model on the Hugging Face hub (that of the package)')
+    parser.add_argument('--model',
+                        help='bundle, checkpoint, or owner/model on the Hugging Face hub (that of the package)')
     parser.add_argument('--short-side', type=int, help='of the frames, pixels (eight sevenths of the crop in training)')
 
 def model_and_size(
@@ -90,6 +94,7 @@ def model_and_size(
         raise InputError(f'--short-side should be an even number of pixels from 32 to 4096, not {size}')
     return model, config, size
 
+# %% ../nbs/65_look.ipynb #012b
 def step_limit(
     film: Film,
     seconds: float | None, # of it that are wanted; None: all
@@ -101,6 +106,16 @@ def step_limit(
         raise InputError(f'--seconds should be above zero, not {seconds:g}')
     return max(film.config.views.frames, round(seconds*film.fps))
 
+# %% ../nbs/65_look.ipynb #012d
+def _film_to_write(given: argparse.Namespace) -> Path: # out and video
+    "The mp4 file to write; raises `InputError` where that cannot be."
+    out = given.out or Path(f'{given.video.stem}.look.mp4')
+    if out.suffix != '.mp4':
+        raise InputError(f'--out should be an mp4 file, not {out}')
+    if out.exists() and given.video.exists() and out.samefile(given.video):
+        raise InputError(f'{out} is the film itself: choose another name')
+    return out
+
 def main(arguments: list[str] | None = None):
     "Show where the model takes the sound to come from."
     parser = argparse.ArgumentParser('glcm look', description=main.__doc__)
@@ -109,11 +124,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument('--seconds', type=float, help='at most so much of it, from its beginning (all)')
     add_model_options(parser)
     given = parser.parse_args(arguments)
-    out = given.out or Path(f'{given.video.stem}.look.mp4')
-    if out.suffix != '.mp4':
-        raise InputError(f'--out should be an mp4 file, not {out}')
-    if out.exists() and given.video.exists() and out.samefile(given.video):
-        raise InputError(f'{out} is the film itself: choose another name')
+    out = _film_to_write(given)
     model, config, size = model_and_size(given)
     film, table = Film(given.video, config, size), out.with_suffix('.csv')
     look(model, film, out, table, step_limit(film, given.seconds))

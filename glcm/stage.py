@@ -102,8 +102,8 @@ def names_of(
     return names
 
 # %% ../nbs/62_stage.ipynb #012
-def main(arguments: list[str] | None = None):
-    "Run one stage: `python -m glcm.stage NOTEBOOK OUTPUT -p out 'artifacts/{variant}-{seed}' --variant glcm --seed 0`."
+def _parser() -> argparse.ArgumentParser:
+    "The options of `python -m glcm.stage`."
     parser = argparse.ArgumentParser('python -m glcm.stage', description=main.__doc__)
     parser.add_argument('notebook', help='a notebook of nbs/stages')
     parser.add_argument('output', help='where the executed notebook goes; {variant} and the like stand for names')
@@ -113,17 +113,27 @@ def main(arguments: list[str] | None = None):
         parser.add_argument(f'--{name}', help=f'{name} of the stage, a parameter of the notebook')
     parser.add_argument('--seed', type=int, help='seed of the stage, a parameter of the notebook')
     parser.add_argument('--foreach', choices=['dataset'], help='take this name from what follows the @ in $DVC_STAGE')
-    given = parser.parse_args(arguments)
-    logging.basicConfig(level='INFO', format='%(message)s') # what the notebook prints, while it runs
+    return parser
+
+def _item(given: argparse.Namespace) -> dict: # dataset, variant, task or seed -> value
+    "What the stage is run for."
     item = {}
     for name in ('dataset', 'variant', 'task', 'seed'):
         if getattr(given, name) is not None:
             item[name] = getattr(given, name)
-    if 'DVC_STAGE' in os.environ:
-        end_with_parent() # nobody else would record what comes out
     if given.foreach:
         item[given.foreach] = os.environ.get('DVC_STAGE', '').partition('@')[2]
+    return item
+
+# %% ../nbs/62_stage.ipynb #012b
+def main(arguments: list[str] | None = None):
+    "Run one stage: `python -m glcm.stage NOTEBOOK OUTPUT -p out 'artifacts/{variant}-{seed}' --variant glcm --seed 0`."
+    given = _parser().parse_args(arguments)
+    logging.basicConfig(level='INFO', format='%(message)s') # what the notebook prints, while it runs
+    if 'DVC_STAGE' in os.environ:
+        end_with_parent() # nobody else would record what comes out
     try:
+        item = _item(given)
         names = names_of(item, read_params())
         output = given.output.format(**names)
         parameters = {}

@@ -48,8 +48,9 @@ def _link_data(folder: Path, params: dict):
             data.unlink()
         data.mkdir(exist_ok=True)
         for row in params['datasets'].values():
-            if row['path'] not in drawn and not (data/row['path']).is_symlink():
-                (data/row['path']).symlink_to(Path('..', '..', '..', 'data', row['path']))
+            path = row['path']
+            if path not in drawn and not (data/path).is_symlink():
+                (data/path).symlink_to(Path('..', '..', '..', 'data', path))
     elif not data.is_symlink():
         if data.exists():
             raise InputError(f'{data} holds clips that were drawn, but the study draws none now: remove that folder')
@@ -62,6 +63,16 @@ def _params_of(study: str, repository: Path) -> dict:
     has_changes = study != params.get('study') or (repository/f'params.{study}.yaml').exists()
     return read_study(study, repository) if has_changes else params
 
+# %% ../nbs/62a_study.ipynb #006b
+def _checked_params(study: str, name: str, repository: Path, machine: dict | None) -> dict:
+    "All sections of a study under its name; raises `InputError` for parameters that cannot be right."
+    wrong = mistakes(FolderName, study, 'the study') + mistakes(FolderName, name, 'its name')
+    if wrong:
+        raise InputError(wrong[0])
+    params = override(_params_of(study, repository), dict(machine=machine), 'the call') | dict(study=name)
+    check_params(params, f'params.{study}.yaml')
+    return params
+
 def prepare_study(
     study: str, # whose changes stand in params.<study>.yaml
     repository: str | Path | None = None, # default: the one around the working directory
@@ -70,27 +81,22 @@ def prepare_study(
 ) -> Path: # studies/<name>
     "The folder of a study, ready for `dvc repro`; raises `InputError` for parameters that cannot be right."
     name = study if name is None else name
-    wrong = mistakes(FolderName, study, 'the study') + mistakes(FolderName, name, 'its name')
-    if wrong:
-        raise InputError(wrong[0])
     repository = Path(repository or root()).resolve()
-    params = _params_of(study, repository)
-    params = override(params, dict(machine=machine), 'the call') | dict(study=name)
-    check_params(params, f'params.{study}.yaml')
+    params = _checked_params(study, name, repository, machine)
     folder = repository/'studies'/name
     with atomic_path(folder/'params.yaml') as path:
         path.write_text(HEADER.format(study=study) + yaml.safe_dump(params, sort_keys=False))
     shutil.copyfile(repository/'dvc.yaml', folder/'dvc.yaml')
     (repository/'results').mkdir(exist_ok=True)
-    for name in LINKS:
-        if not (folder/name).is_symlink():
-            (folder/name).symlink_to(Path('..', '..', name))
+    for link in LINKS:
+        if not (folder/link).is_symlink():
+            (folder/link).symlink_to(Path('..', '..', link))
     _link_data(folder, params)
     _init_dvc(folder, repository/'.dvc'/'cache')
     return folder
 
 # %% ../nbs/62a_study.ipynb #010b
-UNFINISHED = 75 # exit status: time was up, the same call goes on
+UNFINISHED = 75 # exit status: time was up, the same call resumes
 GRACE = 10 # seconds in which what was asked to end has ended
 
 def end_group(
@@ -127,7 +133,7 @@ def run_study(
     machine: dict | None = None, # changes of the section `machine`
     stages: tuple = (), # of dvc.yaml; none: all
 ) -> int: # exit status of DVC, or `UNFINISHED`
-    "Run a study, or go on with it."
+    "Run a study, or resume it."
     if minutes is None:
         return dvc(prepare_study(study, name=name, machine=machine), 'repro', *stages)
     often = dict(checkpoint_minutes=1.0)
@@ -140,14 +146,14 @@ def main(arguments: list[str] | None = None):
     parser = argparse.ArgumentParser('python -m glcm.study', description=main.__doc__)
     parser.add_argument('study', help='its changes to params.yaml stand in params.STUDY.yaml')
     parser.add_argument('stages', nargs='*', help='stages of dvc.yaml; default: all')
-    parser.add_argument('--minutes', type=float, help='that it may take; the same call goes on where this one ends')
+    parser.add_argument('--minutes', type=float, help='that it may take; the same call resumes where this one ends')
     given = parser.parse_args(arguments)
     try:
         status = run_study(given.study, given.minutes, stages=given.stages)
     except InputError as e:
         sys.exit(str(e))
     if status == UNFINISHED:
-        print(f'{given.minutes:g} minutes are over: the same call goes on from here')
+        print(f'{given.minutes:g} minutes are over: the same call resumes here')
     sys.exit(status)
 
 # %% ../nbs/62a_study.ipynb #014

@@ -18,12 +18,14 @@ from .miniature.world import write_world
 from .data.clip import ClipConfig
 from .data.preprocess import preprocess
 from .data.shards import ClipStore, StoreConfig
+from .model import GLCM
 from .tasks.listen import measure_listening
 from .tasks.localize import localize, measure_synchronisation
 from .tasks.match import measure_matching, measure_offsets, model_fit
 from .tasks.finetune import CHOICES, finetune
 from .tasks.config import task_config
 from .training.checkpoints import load_model
+from .training.config import RunConfig
 from .training.pretrain import pretrain
 
 # %% ../nbs/63_testing.ipynb #004
@@ -68,30 +70,43 @@ def tiny_clips(
     return out
 
 # %% ../nbs/63_testing.ipynb #009
-def tiny_run(
-    artifacts: str | Path, # folder to write every stage's outputs to
-) -> dict: # the parameters it was made with
-    "What the pipeline leaves behind for one variant and one seed: clips, checkpoint, scores and predictions."
-    artifacts, params = Path(artifacts), tiny_params() | dict(matrix=dict(variants=['glcm'], seeds=[0]), experiments=dict(esc50=dict(plain=['glcm'])))
-    for dataset, size in dict(kinetics700='train', avspeech='speech', vggss='held_out').items():
-        tiny_clips(artifacts/'clips', dataset, **{size: 4})
-    tiny_clips(artifacts/'clips', 'esc50', recordings=1)
-    pretrain(params, 'glcm', 0, artifacts/'clips', artifacts/'pretrain'/'glcm-0', artifacts/'.resume')
-    model, config = load_model(artifacts/'pretrain'/'glcm-0'/'checkpoint.pt')
-    store = ClipStore(artifacts/'clips'/'vggss')
-    localized, finetuned = artifacts/'localize'/'glcm-0', artifacts/'finetune'/'glcm-esc50-0'
-    for folder in (localized, finetuned):
-        folder.mkdir(parents=True)
-    localize(model, config, store).to_csv(localized/'scores.csv', index=False)
+def _write_localization(
+    folder: Path, # of the stage's outputs
+    model: GLCM,
+    config: RunConfig, # how it was trained
+    store: ClipStore, # of clips with boxes
+):
+    "The tables of the stage *localize*."
     fit, frames, numbers = model_fit(model, config, store), config.views.frames, list(range(len(store)))
     tables = dict(
+        scores=localize(model, config, store),
         synchronisation=measure_synchronisation(model, config, store),
         listening=measure_listening(model, config, store),
         offsets=measure_offsets(fit, store, numbers, frames, longest=2),
         matching=measure_matching(fit, store, numbers, frames, count=2))
+    folder.mkdir(parents=True)
     for name, table in tables.items():
-        table.to_csv(localized/f'{name}.csv', index=False)
+        table.to_csv(folder/f'{name}.csv', index=False)
+
+# %% ../nbs/63_testing.ipynb #009b
+def tiny_run(
+    artifacts: str | Path, # folder to write every stage's outputs to
+) -> dict: # the parameters it was made with
+    "What the pipeline leaves behind for one variant and one seed: clips, checkpoint, scores and predictions."
+    artifacts, params = Path(artifacts), tiny_params()
+    params |= dict(matrix=dict(variants=['glcm'], seeds=[0]), experiments=dict(esc50=dict(plain=['glcm'])))
     params['finetune']['esc50'] = params['finetune']['esc50'] | dict(epochs=1)
+    for dataset, size in dict(kinetics700='train', avspeech='speech', vggss='held_out').items():
+        tiny_clips(artifacts/'clips', dataset, **{size: 4})
+    tiny_clips(artifacts/'clips', 'esc50', recordings=1)
+
+    run = artifacts/'pretrain'/'glcm-0'
+    pretrain(params, 'glcm', 0, artifacts/'clips', run, artifacts/'.resume')
+    model, config = load_model(run/'checkpoint.pt')
+    _write_localization(artifacts/'localize'/'glcm-0', model, config, ClipStore(artifacts/'clips'/'vggss'))
+
+    finetuned = artifacts/'finetune'/'glcm-esc50-0'
+    finetuned.mkdir(parents=True)
     predictions = finetune(model, config, ClipStore(artifacts/'clips'/'esc50'), task_config(params, 'esc50'), 0)
     predictions.assign(setting='plain').to_csv(finetuned/'predictions.csv', index=False)
     pd.DataFrame(columns=[*CHOICES, 'setting']).to_csv(finetuned/'choices.csv', index=False)

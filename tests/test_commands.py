@@ -60,7 +60,7 @@ BAD = [ # arguments, and what the sentence says
     (('dance',), 'no command')]
 
 
-@pytest.mark.parametrize('arguments, sentence', BAD, ids=lambda value: ' '.join(value) if isinstance(value, tuple) else '')
+@pytest.mark.parametrize('arguments, sentence', BAD, ids=[' '.join(arguments) for arguments, _ in BAD])
 def test_bad_input_is_one_sentence(films, monkeypatch, capsys, arguments, sentence):
     monkeypatch.chdir(films)
     before = {path: path.read_bytes() for path in films.iterdir()}
@@ -119,10 +119,12 @@ print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 def peak_memory(*arguments, folder): # MiB
     "Of a command in a process of its own."
-    done = subprocess.run([sys.executable, '-c', LONG, *map(str, arguments)], cwd=folder, capture_output=True, text=True,
-                          env=dict(PYTHONPATH=':'.join([str(ROOT), *sys.path]), OMP_NUM_THREADS='1', PATH=''))
+    command = [sys.executable, '-c', LONG, *map(str, arguments)]
+    env = dict(PYTHONPATH=':'.join([str(ROOT), *sys.path]), OMP_NUM_THREADS='1', PATH='')
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    return int(done.stdout.split('peak')[-1])/(1 if sys.platform == 'darwin' else 1024)/(1024 if sys.platform == 'darwin' else 1)
+    unit = 2**20 if sys.platform == 'darwin' else 2**10 # macOS counts bytes, Linux KiB
+    return int(done.stdout.split('peak')[-1])/unit
 
 
 @pytest.mark.slow
@@ -134,11 +136,14 @@ def test_memory_does_not_grow_with_the_film(tmp_path, command):
     for seconds in (40, 240):
         folder = tmp_path/str(seconds)
         folder.mkdir()
-        with film_writer(folder/'film.mp4', 10, 24000) as writer:
+        film = folder/'film.mp4'
+        with film_writer(film, 10, 24000) as writer:
             for _ in range(seconds//10):
-                frames = np.kron(rng.integers(0, 255, (100, 9, 16, 3)), np.ones((1, 20, 20, 1))).astype(np.uint8)
+                blocks = rng.integers(0, 255, (100, 9, 16, 3))
+                frames = np.kron(blocks, np.ones((1, 20, 20, 1))).astype(np.uint8)
                 writer.add(frames, 0.1*rng.standard_normal(240000))
-        peaks.append(peak_memory(command, folder if command == 'embed' else folder/'film.mp4', folder=folder))
+        source = folder if command == 'embed' else film
+        peaks.append(peak_memory(command, source, folder=folder))
     print(command, peaks)
     assert peaks[1] < peaks[0] + 60, 'MiB; all pictures of the long film take 240 MiB more, at the size they are drawn'
 
@@ -151,12 +156,13 @@ def test_installed_package_needs_no_repository(films, tmp_path):
     for name in ('setup.py', 'settings.ini', 'pyproject.toml', 'README.md'):
         shutil.copy(ROOT/name, source)
     shutil.copytree(ROOT/'glcm', source/'glcm')
-    subprocess.run([sys.executable, 'setup.py', '-q', 'build', '--build-base', tmp_path/'build', '--build-lib', tmp_path/'installed'],
-                   cwd=source, check=True, capture_output=True)
+    folders = ['--build-base', tmp_path/'build', '--build-lib', tmp_path/'installed']
+    build = [sys.executable, 'setup.py', '-q', 'build', *folders]
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
     packages = [path for path in sys.path if path and Path(path).resolve() != ROOT]
     env = dict(PYTHONPATH=':'.join([str(tmp_path/'installed'), *packages]), OMP_NUM_THREADS='1', PATH='')
-    done = subprocess.run([sys.executable, '-m', 'glcm.commands', 'look', films/'film.mp4', '--out', tmp_path/'look.mp4'],
-                          cwd=tmp_path, env=env, capture_output=True, text=True)
+    look = [sys.executable, '-m', 'glcm.commands', 'look', films/'film.mp4', '--out', tmp_path/'look.mp4']
+    done = subprocess.run(look, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert len(pd.read_csv(tmp_path/'look.csv')) == 20
     assert len(read_recording(tmp_path/'look.mp4', 10, 64, 24000).frames) == 20

@@ -85,10 +85,13 @@ def test_results_are_written(project):
     assert metrics.drop(columns='variant').notna().all().drop('matching').all() # for which there are too few clips
     tasks = pd.read_csv(project/'results'/'default'/'tasks.csv').set_index('variant')
     for variant in metrics.variant:
-        told = pd.read_csv(project/'artifacts'/'finetune'/f'{variant}-esc50-0'/'predictions.csv')
-        hits = [(fold.label == fold.predicted).mean() for _, fold in told.groupby('split')]
-        assert len(hits) == 5 and tasks.value[variant] == pytest.approx(sum(hits)/5, abs=1e-5)
-        assert (project/'artifacts'/'finetune'/f'{variant}-esc50-0'/'networks'/'plain'/'fold-5.pt').exists()
+        folder = project/'artifacts'/'finetune'/f'{variant}-esc50-0'
+        predictions = pd.read_csv(folder/'predictions.csv')
+        is_hit = predictions.label == predictions.predicted
+        accuracies = is_hit.groupby(predictions.split).mean()
+        assert len(accuracies) == 5
+        assert tasks.value[variant] == pytest.approx(accuracies.mean(), abs=1e-5)
+        assert (folder/'networks'/'plain'/'fold-5.pt').exists()
     assert '### Table 3' in (project/'results'/'default'/'tables.md').read_text()
     for name in ('losses', 'attention', 'similarity'):
         assert (project/'results'/'default'/f'{name}.png').stat().st_size > 5000

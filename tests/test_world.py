@@ -120,13 +120,14 @@ LARGER = dict(
 
 @pytest.mark.parametrize('name', LARGER)
 def test_a_larger_world_begins_with_the_smaller(world, tmp_path, name):
-    def clips(sizes): # the last number of a key of LRW is how many speakers there are
-        return [key[:3] if name == 'lrw' else key for key in DATASETS[name].keys(**sizes[name])]
+    def clips(sizes): # clip -> key; the last number of a key of LRW is how many speakers there are
+        keys = list(DATASETS[name].keys(**sizes[name]))
+        return {key[:3] if name == 'lrw' else key: key for key in keys}
 
-    assert set(clips(SMALL)) < set(clips(LARGER))
-    numbers = clips(LARGER).index(clips(SMALL)[0])
-    first = list(DATASETS[name].keys(**LARGER[name]))[numbers]
-    DATASETS[name].write_clip(tmp_path, 1, *first)
+    small, larger = clips(SMALL), clips(LARGER)
+    assert set(small) < set(larger)
+    first = next(iter(small))
+    DATASETS[name].write_clip(tmp_path, 1, *larger[first])
     assert digests(tmp_path).items() <= digests(world/name).items()
 
 
@@ -135,14 +136,17 @@ def test_films_have_titles_of_their_own():
     assert [film_title(number) for number in range(len(FILMS))] == list(FILMS)
 
 
-@pytest.mark.parametrize('name', [name for name in SMALL])
+SIDES = dict( # of datasets with speakers
+    avspeech={'train', 'test'}, talkers={'test'}, dfdc={'train', 'validate', 'test'},
+    lrw={'train', 'validate', 'test'}, lrs2={'train', 'validate', 'test'})
+
+@pytest.mark.parametrize('name', SMALL)
 def test_nobody_is_on_two_sides(world, name):
     catalogue = read_catalogue('vggss' if name == 'talkers' else name, world/name)
     assert catalogue.problem.isna().all()
     assert leaks(catalogue).empty
     sides = set(catalogue.split.dropna())
-    assert {'avspeech': {'train', 'test'}, 'dfdc': {'train', 'validate', 'test'}, 'lrw': {'train', 'validate', 'test'},
-            'lrs2': {'train', 'validate', 'test'}, 'talkers': {'test'}}.get(name, sides) == sides
+    assert sides == SIDES.get(name, sides)
 
 
 def speakers_of_sides(name, count):
@@ -164,9 +168,10 @@ def speakers_of_sides(name, count):
 def test_faces_and_voices_of_sides_differ(name):
     people = speakers_of_sides(name, 40)
     assert set(people) == set(VOICES)
-    for one, other in combinations(people.values(), 2):
-        assert not {tuple(person.face.skin) for person in one} & {tuple(person.face.skin) for person in other}
-        assert not {person.voice.name for person in one} & {person.voice.name for person in other}
+    skins = [{tuple(person.face.skin) for person in side} for side in people.values()]
+    voices = [{person.voice.name for person in side} for side in people.values()]
+    for one, other in [*combinations(skins, 2), *combinations(voices, 2)]:
+        assert not one & other
 
 
 def test_skin_and_hair_choose_the_voice():
@@ -205,20 +210,19 @@ def test_boxes_are_around_what_is_drawn():
     for _ in range(10):
         face = random_face(rng, rng.uniform(0.4, 0.7), rng.uniform(0.4, 0.6), 0.3)
         empty, = background(rng, (width, height), 1)
-        pictures = {}
-        for opening in (0, 1):
-            pictures[opening] = empty.copy()
-            draw_face(pictures[opening], face, 0.5, (opening, 0.8))
+        closed, opened = empty.copy(), empty.copy()
+        draw_face(closed, face, 0.5, (0, 0.8))
+        draw_face(opened, face, 0.5, (1, 0.8))
         boxes = face_boxes(face, 0.5, (width, height))
-        moves = np.abs(pictures[1] - pictures[0]).sum(-1)
-        shown = np.abs(pictures[0] - empty).sum(-1) > 0.05
-        y, x = np.mgrid[:height, :width]
+        y, x = np.mgrid[:height, :width] # of the upper left corner of each pixel
         x1, y1, x2, y2 = np.array(boxes['mouth'])*(width, height, width, height)
-        in_mouth = (x + 1 > x1) & (x < x2) & (y + 1 > y1) & (y < y2)
+        in_mouth = (x + 1 > x1) & (x < x2) & (y + 1 > y1) & (y < y2) # at least in part
+        moves = np.abs(opened - closed).sum(-1)
         assert moves[in_mouth].sum() > 0.99*moves.sum()
         x1, y1, x2, y2 = np.array(boxes['face'])*(width, height, width, height)
-        in_face = (x > x1) & (x + 1 < x2) & (y > y1) & (y + 1 < y2)
-        assert shown[in_face].mean() > 0.75, 'an ellipse fills 79% of its box'
+        in_face = (x > x1) & (x + 1 < x2) & (y > y1) & (y + 1 < y2) # as a whole
+        is_drawn = np.abs(closed - empty).sum(-1) > 0.05
+        assert is_drawn[in_face].mean() > 0.75, 'an ellipse fills 79% of its box'
         assert boxes['mouth'][1] > (boxes['face'][1] + boxes['face'][3])/2, 'below the middle of the face'
 
 

@@ -123,8 +123,9 @@ def to_markdown(rows: list[dict]) -> str:
     columns = list(dict.fromkeys(name for row in rows for name in row))
     lines = ['| ' + ' | '.join(columns) + ' |', '|---'*len(columns) + '|']
     for row in rows:
-        cells = (str(row.get(name, '')).replace('|', '/').replace('\n', ' ') for name in columns)
-        lines.append('| ' + ' | '.join(cells) + ' |')
+        cells = [str(row.get(name, '')) for name in columns]
+        texts = [cell.replace('|', '/').replace('\n', ' ') for cell in cells]
+        lines.append('| ' + ' | '.join(texts) + ' |')
     return '\n'.join(lines)
 
 def outcomes(results: list[dict]) -> list[dict]:
@@ -143,7 +144,8 @@ def timings(folder: Path) -> list[dict]:
     for row in rows:
         if row['network'] in plain:
             row['times plain'] = round(plain[row['network']]/row['step ms'], 2)
-    return [{name: value for name, value in row.items() if name != 'card'} for row in rows]
+        row.pop('card', None)
+    return rows
 
 def against_limits(folder: Path) -> list[dict]:
     "Measured milliseconds of each part of a step beside those at the peak of an H100 and those expected."
@@ -180,13 +182,16 @@ The paper's network with all measures, by the names of kernels, beside the limit
 {runs}
 '''
 
+# %% ../../nbs/69b_gpu.run.ipynb #015b
 def write_report(folder: Path):
     "Write what all pieces have found so far."
     failed = [result for result in results_in(folder, 'time ') + results_in(folder, 'profile') if not result['ok']]
     text = REPORT.format(
-        card=card(), torch=f'PyTorch {torch.__version__}',
+        card=card(),
+        torch=f'PyTorch {torch.__version__}',
         checks=to_markdown(outcomes(results_in(folder, 'check ') + failed)),
-        timings=to_markdown(timings(folder)), limits=to_markdown(against_limits(folder)),
+        timings=to_markdown(timings(folder)),
+        limits=to_markdown(against_limits(folder)),
         runs=to_markdown(outcomes(results_in(folder, 'study '))))
     with atomic_path(folder/'README.md') as path:
         path.write_text(text)
@@ -203,12 +208,12 @@ def study_piece(
     path: Path, # its file
     minutes: float, # that the piece may take
 ):
-    "Run a study, or go on with it, for so long."
+    "Run a study, or resume it, for so long."
     start = time.monotonic()
     status = run_study(study, minutes, f'{study}-gpu', machine_of_gpu())
     found = dict(results=f'results/{study}-gpu')
     if status == UNFINISHED:
-        found |= dict(error='not finished; it goes on when make gpu is called again')
+        found |= dict(error='not finished; it resumes when make gpu is called again')
     elif status:
         found |= dict(error=f'dvc ended with exit code {status}')
     write_result(path, found, time.monotonic() - start)

@@ -130,24 +130,33 @@ def gradients_of(network, pretext, config: RunConfig) -> torch.Tensor: # in one 
     compute_gradients(network, views, config)
     return torch.cat([p.grad.flatten() for p in pretext.parameters() if p.grad is not None])
 
+def _check_collectives():
+    "Raise `AssertionError` where a rank that is alone does not get back what it sends."
+    x = torch.randn(4, 3, device=DEVICE)
+    gathered, reduced = torch.empty_like(x), torch.empty_like(x)
+    dist.all_gather_into_tensor(gathered, x)
+    dist.reduce_scatter_tensor(reduced, x)
+    assert torch.equal(gathered, x) and torch.equal(reduced, x), f'{dist.get_backend()} changes what it is given'
+
+def _ddp_difference(config: RunConfig) -> float:
+    "The relative difference between the gradients under DistributedDataParallel and the plain ones."
+    machine = parse(MachineConfig, tiny_params()['machine'], 'machine')
+    network, pretext, _ = new_pretext(config, machine)
+    plain = gradients_of(network, pretext, config)
+    warnings.filterwarnings('ignore', 'Grad strides do not match') # of 1x1x1 kernels, as in `wrap_network`
+    wrapped = DistributedDataParallel(pretext, gradient_as_bucket_view=True)
+    pretext.zero_grad(set_to_none=True)
+    return float((gradients_of(wrapped, pretext, config) - plain).norm()/plain.norm())
+
+# %% ../../nbs/69_gpu.smoke.ipynb #013b
 def check_communication() -> dict:
     "Collective operations of one rank return what they are given, and DDP changes no gradient."
     config = run_config(override(tiny_params(), dict(pretrain=dict(precision='float32')), 'the check'), 'glcm', 0)
     backend = 'nccl' if DEVICE.type == 'cuda' else 'gloo'
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        x = torch.randn(4, 3, device=DEVICE)
-        gathered, reduced = torch.empty_like(x), torch.empty_like(x)
-        dist.all_gather_into_tensor(gathered, x)
-        dist.reduce_scatter_tensor(reduced, x)
-        assert torch.equal(gathered, x) and torch.equal(reduced, x), f'{backend} changes what it is given'
-        machine = parse(MachineConfig, tiny_params()['machine'], 'machine')
-        network, pretext, _ = new_pretext(config, machine)
-        plain = gradients_of(network, pretext, config)
-        warnings.filterwarnings('ignore', 'Grad strides do not match') # of 1x1x1 kernels, as in `wrap_network`
-        wrapped = DistributedDataParallel(pretext, gradient_as_bucket_view=True)
-        pretext.zero_grad(set_to_none=True)
-        difference = float((gradients_of(wrapped, pretext, config) - plain).norm()/plain.norm())
+        _check_collectives()
+        difference = _ddp_difference(config)
     finally:
         dist.destroy_process_group()
     assert difference < 1e-3, f'the gradients under DDP differ by {difference:.2g}'
@@ -166,6 +175,7 @@ def no_waits():
     finally:
         torch.cuda.set_sync_debug_mode('default')
 
+# %% ../../nbs/69_gpu.smoke.ipynb #015b
 def pretraining_step():
     "A function that does a step of pretraining but for the reading of its loss."
     params = override(tiny_params(), dict(pretrain=dict(batch=CLIPS)), 'the check')
@@ -198,6 +208,7 @@ def finetuning_step():
         optimizer.step()
     return step
 
+# %% ../../nbs/69_gpu.smoke.ipynb #016b
 def check_waits() -> dict:
     "No step of pretraining or finetuning waits for the GPU."
     for step in (pretraining_step(), finetuning_step()):
@@ -257,5 +268,6 @@ def check_pipeline(folder: Path) -> dict:
     return dict(resumed_difference=difference, predictions=len(predictions), scores=len(scores))
 
 # %% ../../nbs/69_gpu.smoke.ipynb #022
-CHECKS = dict(bfloat16=check_bfloat16, recompute=check_recompute, accumulate=check_accumulate, waits=check_waits,
-              communication=check_communication, compile=check_compile, pipeline=check_pipeline)
+CHECKS = dict(
+    bfloat16=check_bfloat16, recompute=check_recompute, accumulate=check_accumulate, waits=check_waits,
+    communication=check_communication, compile=check_compile, pipeline=check_pipeline)

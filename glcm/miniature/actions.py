@@ -77,14 +77,12 @@ class ActionClasses:
     frames: int # in a clip
     fps: int
 
-UCF_ACTIONS = ActionClasses('ucf101', {
-    'Bounce': (bouncing, 0.9), 'Circle': (circling, 1.2), 'Roll': (rolling, 1.6), 'Shake': (shaking, 0.32),
-    'Swing': (swinging, 1.2),
-}, 50, 25)
-HMDB_ACTIONS = ActionClasses('hmdb51', {
-    'figure_eight': (weaving, 1.6), 'jump': (jumping, 0.9), 'nod': (nodding, 0.9), 'spin': (spinning, 1.6),
-    'swell': (swelling, 1.2),
-}, 60, 30)
+UCF_ACTIONS = ActionClasses('ucf101', dict(
+    Bounce=(bouncing, 0.9), Circle=(circling, 1.2), Roll=(rolling, 1.6), Shake=(shaking, 0.32), Swing=(swinging, 1.2),
+), frames=50, fps=25)
+HMDB_ACTIONS = ActionClasses('hmdb51', dict(
+    figure_eight=(weaving, 1.6), jump=(jumping, 0.9), nod=(nodding, 0.9), spin=(spinning, 1.6), swell=(swelling, 1.2),
+), frames=60, fps=30)
 
 # %% ../../nbs/76_miniature.actions.ipynb #008
 def trajectory(
@@ -113,6 +111,11 @@ class ActionClip:
     track: np.ndarray # (T, 4) shift, rotation and logarithm of the size
 
 # %% ../../nbs/76_miniature.actions.ipynb #011
+def _action_sound(rng, kind, seconds) -> np.ndarray: # (n,) float32 at RATE
+    "The sound of a toy that is struck at random moments."
+    strikes = Strikes(*onsets(rng, seconds), 0.18)
+    return add_noise(rng, toy_sound(kind, strikes, 330*4**rng.uniform(), rng, seconds))
+
 def action_clip(
     actions: ActionClasses,
     seed: int,
@@ -131,14 +134,10 @@ def action_clip(
     side = min(ACTION_SIZE)
     for canvas, (dx, dy, turn, grow) in zip(canvases, track):
         r = radius*np.exp(grow)*side
-        draw_toy(canvas, kind, colours, Pose(((x + dx)*side, (y + dy)*side), (r, r), turn))
+        pose = Pose(((x + dx)*side, (y + dy)*side), (r, r), turn)
+        draw_toy(canvas, kind, colours, pose)
     sound = _action_sound(rng, kind, actions.frames/actions.fps)
     return ActionClip(to_frames(canvases), sound, track)
-
-def _action_sound(rng, kind, seconds) -> np.ndarray: # (n,) float32 at RATE
-    "The sound of a toy that is struck at random moments."
-    strikes = Strikes(*onsets(rng, seconds), 0.18)
-    return add_noise(rng, toy_sound(kind, strikes, 330*4**rng.uniform(), rng, seconds))
 
 # %% ../../nbs/76_miniature.actions.ipynb #014
 def held_out_groups(

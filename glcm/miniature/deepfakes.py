@@ -132,8 +132,9 @@ def dfdc_keys(parts: int, pairs: int):
 def write_dfdc_clip(folder, seed, part, number, fake) -> tuple: # part, name and entry of metadata.json
     "Write a real video or its fake."
     key = seed, 'dfdc', part, number
-    actor, kind = dfdc_pair(number)
-    shot = deepfake_shot(key, dfdc_actors(seed, part)[actor], kind if fake else None)
+    number_of_actor, kind = dfdc_pair(number)
+    actor = dfdc_actors(seed, part)[number_of_actor]
+    shot = deepfake_shot(key, actor, kind if fake else None)
     real_name, fake_name = dfdc_names(key)
     name = fake_name if fake else real_name
     frames = draw_deepfake(clip_rng(*key, 'file'), shot)

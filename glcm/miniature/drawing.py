@@ -69,7 +69,9 @@ def stripes(u, period, width):
 # %% ../../nbs/70_miniature.drawing.ipynb #012
 def rounded_box(u, v, w, h, r):
     "Distance to a box of half sides w and h whose corners have radius r."
-    return circle(np.maximum(np.abs(u) - w + r, 0), np.maximum(np.abs(v) - h + r, 0), r=r)
+    beyond_u = np.maximum(np.abs(u) - w + r, 0) # from the smaller box
+    beyond_v = np.maximum(np.abs(v) - h + r, 0)
+    return circle(beyond_u, beyond_v, r=r)
 
 # %% ../../nbs/70_miniature.drawing.ipynb #012b
 def five_pointed_star(u, v, r):

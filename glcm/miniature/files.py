@@ -98,7 +98,8 @@ def write_legacy_clip(
     layout = {'fflags': '+bitexact'} | kind.options
     with av.open(str(path), 'w', format=kind.container, options=layout) as file:
         video = file.add_stream(kind.video, rate=fps, options=options)
-        video.height, video.width, video.pix_fmt = *frames.shape[1:3], 'yuv420p'
+        video.height, video.width = frames.shape[1:3]
+        video.pix_fmt = 'yuv420p'
         video.codec_context.gop_size = 100
         if tag:
             video.codec_context.codec_tag = tag
@@ -129,7 +130,10 @@ def write_csv(
     "Write a table, with Unix line ends on every system."
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, 'w', newline='') as file:
-        csv.writer(file, lineterminator='\n').writerows([header]*bool(header) + rows)
+        table = csv.writer(file, lineterminator='\n')
+        if header:
+            table.writerow(header)
+        table.writerows(rows)
 
 # %% ../../nbs/73_miniature.files.ipynb #019
 @dataclass(frozen=True)

@@ -73,18 +73,24 @@ def lrw_text(
     programme = datetime(2010, 1, 1) + timedelta(minutes=30*int(rng.integers(100_000)))
     start = programme + timedelta(seconds=int(rng.integers(1800)))
     end = start + timedelta(seconds=2)
+    _, begins, ends = word
     return [
-        f'Disk reference: {rng.integers(10**18, 9*10**18)}', 'Channel: Miniature One',
-        f'Program start: {programme} +0000', f'Clip start: {start} +0000', f'Clip end: {end} +0000',
-        f'Duration: {word[2] - word[1]:.2f} seconds',
+        f'Disk reference: {rng.integers(10**18, 9*10**18)}',
+        'Channel: Miniature One',
+        f'Program start: {programme} +0000',
+        f'Clip start: {start} +0000',
+        f'Clip end: {end} +0000',
+        f'Duration: {ends - begins:.2f} seconds',
     ]
 
 # %% ../../nbs/74_miniature.lipreading.ipynb #013
 def write_lrw_clip(folder, seed, split, word, index, count):
     "Write a clip and its text file."
-    shot, rng = lrw_shot(seed, split, word, index, count), clip_rng(seed, 'lrw', split, word, index, 'file')
+    shot = lrw_shot(seed, split, word, index, count)
+    rng = clip_rng(seed, 'lrw', split, word, index, 'file')
     path = folder/'lipread_mp4'/word/split/f'{word}_{index + 1:05d}.mp4'
-    write_clip(path, draw_shot(rng, shot), shot.sound, TALK_FPS)
+    frames = draw_shot(rng, shot)
+    write_clip(path, frames, shot.sound, TALK_FPS)
     write_lines(path.with_suffix('.txt'), lrw_text(rng, shot.words[0]))
 
 LRW = Dataset(dict(train=24, val=4, test=6), lrw_keys, write_lrw_clip)
@@ -158,10 +164,12 @@ def lrs2_text(
 # %% ../../nbs/74_miniature.lipreading.ipynb #022
 def write_lrs2_clip(folder, seed, part, number, index) -> tuple: # part and line of its list
     "Write an utterance and its text."
-    rng, pretrain = clip_rng(seed, 'lrs2', part, number, index), part == 'pretrain'
+    rng = clip_rng(seed, 'lrs2', part, number, index)
+    pretrain = part == 'pretrain'
     digits, speaker = lrs2_programme(seed, part, number)
     shot = sentence_shot(rng, speaker, 2 if pretrain else 1)
-    path = folder/'mvlrs_v1'/('pretrain' if pretrain else 'main')/digits/f'{index + 1:05d}.mp4'
+    side = 'pretrain' if pretrain else 'main'
+    path = folder/'mvlrs_v1'/side/digits/f'{index + 1:05d}.mp4'
     write_clip(path, draw_shot(rng, shot), shot.sound, TALK_FPS)
     write_lines(path.with_suffix('.txt'), lrs2_text(rng, shot, pretrain))
     line = f'{digits}/{path.stem}'
@@ -196,7 +204,8 @@ def grid_name(
     "The file name that spells a sentence: bin blue at f two now is bbaf2n."
     command, colour, preposition, letter, digit, adverb = words
     number = GRID_WORDS['digit'].index(digit)
-    return command[0] + colour[0] + preposition[0] + letter + (str(number) if number else 'z') + adverb[0]
+    figure = str(number) if number else 'z'
+    return command[0] + colour[0] + preposition[0] + letter + figure + adverb[0]
 
 # %% ../../nbs/74_miniature.lipreading.ipynb #028
 def grid_speaker(
@@ -249,9 +258,10 @@ def grid_alignment(
 # %% ../../nbs/74_miniature.lipreading.ipynb #033
 def write_grid_clip(folder, seed, speaker, index, count):
     "Write a recording and its alignment."
-    shot, rng = grid_shot(seed, speaker, index, count), clip_rng(seed, 'grid', speaker, index, 'file')
-    home, name = folder/f's{speaker + 1}', grid_name([word for word, *_ in shot.words])
-    frames = draw_shot(rng, shot, GRID_SIZE)
+    shot = grid_shot(seed, speaker, index, count)
+    name = grid_name([word for word, *_ in shot.words])
+    frames = draw_shot(clip_rng(seed, 'grid', speaker, index, 'file'), shot, GRID_SIZE)
+    home = folder/f's{speaker + 1}'
     write_legacy_clip(home/'video'/f'{name}.mpg', frames, shot.sound, TALK_FPS, 10)
     write_lines(home/'align'/f'{name}.align', grid_alignment(shot.words))
 

@@ -48,24 +48,33 @@ def pulse(
 
 # %% ../../nbs/71_miniature.toys.ipynb #009
 def drum_layers(u, v):
+    skin = circle(u, v)
     ring = np.abs(circle(u, v, r=0.68)) - 0.13
-    return (circle(u, v), 'base'), (ring, 'accent'), (circle(u, v, r=0.22), 'dark')
+    middle = circle(u, v, r=0.22)
+    return (skin, 'base'), (ring, 'accent'), (middle, 'dark')
 
 def bell_layers(u, v):
     flare = 0.55 + 0.36/(1 + np.exp(-8*(v - 0.28)))
-    top = np.where(v > -0.25, -9, np.hypot(u/0.72, (v + 0.25)/0.72) - 1)
+    cap = np.hypot(u/0.72, (v + 0.25)/0.72) - 1
+    top = np.where(v > -0.25, -9, cap)
     dome = np.maximum.reduce([np.abs(u) - flare, v - 0.62, top])
     body = np.minimum(dome, circle(u, v, 0, 0.72, 0.25))
     rim = np.maximum(dome, 0.3 - v)
-    return (body, 'base'), (rim, 'accent'), (circle(u, v, 0, 0.78, 0.2), 'dark')
+    clapper = circle(u, v, 0, 0.78, 0.2)
+    return (body, 'base'), (rim, 'accent'), (clapper, 'dark')
 
 def lute_layers(u, v):
-    body = np.minimum(circle(u, v, 0, 0.34, 0.68), circle(u, v, 0, -0.5, 0.48))
-    strings = np.maximum(stripes(u, 0.24, 0.09), rounded_box(u, v, 0.3, 0.9, 0.02))
-    return (body, 'base'), (circle(u, v, 0, 0.3, 0.32), 'dark'), (strings, 'accent')
+    lower, upper = circle(u, v, 0, 0.34, 0.68), circle(u, v, 0, -0.5, 0.48)
+    body = np.minimum(lower, upper)
+    hole = circle(u, v, 0, 0.3, 0.32)
+    fretboard = rounded_box(u, v, 0.3, 0.9, 0.02)
+    strings = np.maximum(stripes(u, 0.24, 0.09), fretboard)
+    return (body, 'base'), (hole, 'dark'), (strings, 'accent')
 
 def woodblock_layers(u, v):
-    return (rounded_box(u, v, 0.84, 0.84, 0.2), 'base'), (stripes((u + v)*0.7, 0.56, 0.26), 'accent')
+    block = rounded_box(u, v, 0.84, 0.84, 0.2)
+    grain = stripes((u + v)*0.7, 0.56, 0.26)
+    return (block, 'base'), (grain, 'accent')
 
 # %% ../../nbs/71_miniature.toys.ipynb #010
 def ocarina_layers(u, v):
@@ -76,18 +85,22 @@ def ocarina_layers(u, v):
     return (body, 'base'), (holes, 'dark')
 
 def marimba_layers(u, v):
-    hexagon = np.maximum(np.abs(u), np.abs(u)*0.5 + np.abs(v)*0.87) - 0.86
+    slanted = np.abs(u)*0.5 + np.abs(v)*0.87
+    hexagon = np.maximum(np.abs(u), slanted) - 0.86
     keys = np.maximum(stripes(v, 0.5, 0.22), np.abs(u) - 0.62)
     return (hexagon, 'base'), (keys, 'accent')
 
 def bee_layers(u, v):
     body = ellipse(u, v, 0, 0.25, 0.98, 0.62)
+    rings = stripes(u + 0.22, 0.52, 0.24)
     eye = circle(u, v, 0.66, 0.12, 0.14)
-    wings = np.minimum(ellipse(u, v, -0.3, -0.5, 0.3, 0.46), ellipse(u, v, 0.32, -0.5, 0.3, 0.46))
-    return (body, 'base'), (stripes(u + 0.22, 0.52, 0.24), 'accent'), (eye, 'dark'), (wings, 'light')
+    left, right = ellipse(u, v, -0.3, -0.5, 0.3, 0.46), ellipse(u, v, 0.32, -0.5, 0.3, 0.46)
+    wings = np.minimum(left, right)
+    return (body, 'base'), (rings, 'accent'), (eye, 'dark'), (wings, 'light')
 
 def star_layers(u, v):
-    return (five_pointed_star(u, v, 1), 'base'), (five_pointed_star(u, v, 0.55), 'accent')
+    outer, inner = five_pointed_star(u, v, 1), five_pointed_star(u, v, 0.55)
+    return (outer, 'base'), (inner, 'accent')
 
 # %% ../../nbs/71_miniature.toys.ipynb #011
 LAYERS = dict(
@@ -168,9 +181,11 @@ def partials(
 ) -> np.ndarray: # (n,)
     "A sum of sinusoids, each with its own weight and decay; none near half the sample rate."
     ratios = np.asarray(ratios, float)[:, None]
-    weights = np.asarray(weights, float)[:, None]*(pitch*ratios < 0.45*RATE)
+    is_low = pitch*ratios < 0.45*RATE
+    weights = np.asarray(weights, float)[:, None]*is_low
     decays = np.exp(-np.reshape(damping, (-1, 1))*t)
-    return (weights*decays*np.sin(2*np.pi*pitch*ratios*t)).sum(0)
+    sinusoids = np.sin(2*np.pi*pitch*ratios*t)
+    return (weights*decays*sinusoids).sum(0)
 
 # %% ../../nbs/71_miniature.toys.ipynb #019
 def sweep(t, frequency):
@@ -187,37 +202,45 @@ def white_noise(rng, t):
 
 # %% ../../nbs/71_miniature.toys.ipynb #021
 def drum_timbre(t, pitch, bright, rng):
-    skin = sweep(t, 0.4*pitch*(1 + 2*np.exp(-t/0.02)))
-    return skin + 3*bright*lowpass(white_noise(rng, t), 0.8)*np.exp(-t/0.1)
+    falling = 0.4*pitch*(1 + 2*np.exp(-t/0.02))
+    rattle = 3*bright*lowpass(white_noise(rng, t), 0.8)*np.exp(-t/0.1)
+    return sweep(t, falling) + rattle
 
 def bell_timbre(t, pitch, bright, rng):
-    return partials(t, 1.5*pitch, (0.5, 1, 1.19, 1.71, 2, 2.74, 3.76, 4.07), bright**np.arange(8))
+    ratios = 0.5, 1, 1.19, 1.71, 2, 2.74, 3.76, 4.07
+    return partials(t, 1.5*pitch, ratios, bright**np.arange(8))
 
 def lute_timbre(t, pitch, bright, rng):
     n = np.arange(1, 13)
-    return partials(t, 0.5*pitch, n, bright**n/n**0.5, 1.5*n)
+    weights = bright**n/n**0.5
+    return partials(t, 0.5*pitch, n, weights, 1.5*n)
 
 def woodblock_timbre(t, pitch, bright, rng):
-    knock = partials(t, 2*pitch, (1, 1.51, 2.44), (1, bright, bright), (14, 24, 40))
-    return knock + 2*bright*np.exp(-t/0.004)*white_noise(rng, t)
+    ratios, weights, damping = (1, 1.51, 2.44), (1, bright, bright), (14, 24, 40)
+    click = 2*bright*np.exp(-t/0.004)*white_noise(rng, t)
+    return partials(t, 2*pitch, ratios, weights, damping) + click
 
 # %% ../../nbs/71_miniature.toys.ipynb #022
 def ocarina_timbre(t, pitch, bright, rng):
     breath = lowpass(white_noise(rng, t), 0.3) - lowpass(white_noise(rng, t), 0.9)
-    tone = sweep(t, pitch*(1 + 0.012*np.sin(35*t))) + 0.1*bright*sweep(t, 2*pitch)
-    return tone + 0.5*bright*breath
+    vibrato = 1 + 0.012*np.sin(35*t)
+    octave = 0.1*bright*sweep(t, 2*pitch)
+    return sweep(t, pitch*vibrato) + octave + 0.5*bright*breath
 
 def marimba_timbre(t, pitch, bright, rng):
-    return partials(t, pitch, (1, 3.93, 9.6), (1, 0.7*bright, 0.4*bright), (0, 16, 40))
+    ratios, weights, damping = (1, 3.93, 9.6), (1, 0.7*bright, 0.4*bright), (0, 16, 40)
+    return partials(t, pitch, ratios, weights, damping)
 
 def bee_timbre(t, pitch, bright, rng):
     n = np.arange(1, 25)
-    buzz = partials(t, 0.4*pitch, n, 1/n**(1.3 - 0.6*bright))
-    return buzz*(1 + 0.8*np.sin(2*np.pi*28*t))
+    weights = 1/n**(1.3 - 0.6*bright)
+    roughness = 1 + 0.8*np.sin(2*np.pi*28*t)
+    return partials(t, 0.4*pitch, n, weights)*roughness
 
 def star_timbre(t, pitch, bright, rng):
+    drop = 1.2*np.exp(-t/0.06)
     flutter = 0.5*np.abs((t*11) % 1 - 0.5)
-    return sweep(t, 2*pitch*(1 + 1.2*np.exp(-t/0.06) + flutter))
+    return sweep(t, 2*pitch*(1 + drop + flutter))
 
 # %% ../../nbs/71_miniature.toys.ipynb #024
 def siren_timbre(t, pitch, bright, rng):
@@ -225,11 +248,14 @@ def siren_timbre(t, pitch, bright, rng):
     return sweep(t, wail) + 0.3*sweep(t, 3*wail)
 
 def rain_timbre(t, pitch, bright, rng):
-    return lowpass(white_noise(rng, t), 0.2)*(0.3 + (rng.uniform(size=len(t)) < 0.004)*12)
+    hiss = lowpass(white_noise(rng, t), 0.2)
+    is_drop = rng.uniform(size=len(t)) < 0.004
+    return hiss*(0.3 + is_drop*12)
 
 def frog_timbre(t, pitch, bright, rng):
     croak = np.clip(np.sin(2*np.pi*22*t), 0, 1)**3
-    return partials(t, 0.7*pitch, (1, 2, 3), (1, bright, bright))*croak
+    tone = partials(t, 0.7*pitch, (1, 2, 3), (1, bright, bright))
+    return tone*croak
 
 TIMBRES = dict(
     drum=drum_timbre, bell=bell_timbre, lute=lute_timbre, woodblock=woodblock_timbre,
@@ -249,7 +275,8 @@ def note(
     t = np.arange(int(6*decay*RATE))/RATE
     x = TIMBRES[kind](t, pitch, 0.35 + 0.65*strength, rng)
     loudness = np.sqrt((x[:RATE//10]**2).mean()) + 1e-9
-    return strength*np.clip(t/0.006, 0, 1)*np.exp(-t/decay)*x/loudness
+    attack = np.clip(t/0.006, 0, 1)
+    return strength*attack*np.exp(-t/decay)*x/loudness
 
 # %% ../../nbs/71_miniature.toys.ipynb #027
 @dataclass
@@ -297,6 +324,19 @@ def add_noise(
     noisy = to_unit_power(sound) + gain*rng.standard_normal(len(sound))
     return set_level(noisy, rng.uniform(-30, -22))
 
+# %% ../../nbs/71_miniature.toys.ipynb #034q
+def _hop(
+    strikes: Strikes,
+    pulses: np.ndarray, # (T,) the envelope as each frame shows it
+    middle: np.ndarray, # (T, 1) seconds
+) -> tuple: # (T,) how far the toy is below its place, and (T, 2) its size, in units of its radius
+    "A motion in which each strike is a landing."
+    flight = np.clip((middle - strikes.times)/0.24 + 1, 0, 1)
+    lift = (4*flight*(1 - flight)*strikes.strengths).max(-1)
+    squash = np.where(lift > 0.05, 0, pulses)
+    below = 0.22*squash - 0.6*lift
+    return below, np.stack([1 + 0.45*squash, 1 - 0.22*squash], -1)
+
 # %% ../../nbs/71_miniature.toys.ipynb #034
 @dataclass
 class Toy:
@@ -322,22 +362,16 @@ class Toy:
         side: int, # the frame's short side, in pixels
     ) -> list: # of Pose
         "How the toy appears in each frame."
-        middle = frame_times(frames)[:, None]
-        e = self.pulse(frames)
-        drift = self.drift[:2]*np.sin(2*np.pi*middle/5 + self.drift[2:])
-        centre = np.array([self.x, self.y]) + drift
-        radii = self.radius*(1 + 0.45*e[:, None]*np.ones(2))
+        middle, e = frame_times(frames)[:, None], self.pulse(frames)
+        amplitude, phase = self.drift[:2], self.drift[2:]
+        centre = np.array([self.x, self.y]) + amplitude*np.sin(2*np.pi*middle/5 + phase)
         if self.hops:
-            radii = self._hop(centre, e, middle)
+            below, sizes = _hop(self.strikes, e, middle)
+            centre[:, 1] += self.radius*below
+        else:
+            sizes = 1 + 0.45*e[:, None]*np.ones(2)
+        radii = self.radius*sizes
         return [Pose(c*side, r*side, self.tilt, flash) for c, r, flash in zip(centre, radii, e)]
-
-    def _hop(self, centre, e, middle):
-        "Lift the centres, which are changed, so that each strike is a landing; returns the radii (T, 2)."
-        flight = np.clip((middle - self.strikes.times)/0.24 + 1, 0, 1)
-        lift = (4*flight*(1 - flight)*self.strikes.strengths).max(-1)
-        squash = np.where(lift > 0.05, 0, e)
-        centre[:, 1] += self.radius*(0.22*squash - 0.6*lift)
-        return self.radius*np.stack([1 + 0.45*squash, 1 - 0.22*squash], -1)
 
 # %% ../../nbs/71_miniature.toys.ipynb #035
 FRAME_SIZES = ((72, 64), (64, 64), (64, 72)) # width and height of a frame, in pixels: landscape, square, portrait
@@ -355,7 +389,8 @@ def place_toys(
         centres = rng.uniform(margin, np.array(sides) - margin)
         distances = np.linalg.norm(centres[:, None] - centres[None], axis=-1)
         gaps = distances - 1.25*(radii[:, None] + radii[None])
-        if gaps[~np.eye(count, dtype=bool)].min() > 0.02:
+        is_other = ~np.eye(count, dtype=bool)
+        if gaps[is_other].min() > 0.02:
             return radii, centres
 
 # %% ../../nbs/71_miniature.toys.ipynb #036

@@ -92,12 +92,13 @@ def write_vggss_clip(folder, seed, index) -> tuple: # entries of the box file an
     scene = toy_scene(rng, ALL_PATTERNS)
     name = f"{clip_name(seed, 'vggss', index)}_{int(rng.integers(0, 200)):06d}"
     write_clip(folder/'clips'/f'{name}.mp4', scene.frames, scene.sound)
-    boxes, middle = bounding_boxes(scene.masks).round(3), len(scene.frames)//2
-    entry = {'file': name, 'class': scene.label, 'bbox': [boxes[scene.audible, middle].tolist()]}
+    boxes = bounding_boxes(scene.masks).round(3)
+    middle = boxes[scene.audible, len(scene.frames)//2]
     objects = []
     for toy, track in zip(scene.toys, boxes):
         onsets = toy.strikes.times.round(3).tolist()
         objects.append({'class': toy.kind, 'onsets': onsets, 'boxes': track.tolist()})
+    entry = {'file': name, 'class': scene.label, 'bbox': [middle.tolist()]}
     return entry, {'file': name, 'sounding': scene.audible, 'objects': objects}
 
 # %% ../../nbs/77_miniature.world.ipynb #012
@@ -139,8 +140,9 @@ def annotations(
     lines = ['<annotations>']
     for _ in range(3):
         marked = 256*(np.asarray(box) + rng.uniform(-0.03, 0.03, 4))
-        edges = zip(('xmin', 'ymin', 'xmax', 'ymax'), np.clip(np.round(marked), 0, 256).astype(int))
-        edges = ''.join(f'<{edge}>{value}</{edge}>' for edge, value in edges)
+        values = np.clip(np.round(marked), 0, 256).astype(int)
+        pairs = zip(('xmin', 'ymin', 'xmax', 'ymax'), values)
+        edges = ''.join(f'<{edge}>{value}</{edge}>' for edge, value in pairs)
         lines.append(f'  <annotation><bbox><type>object</type>{edges}</bbox></annotation>')
     return lines + ['</annotations>']
 
