@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['Size', 'Length', 'Stride', 'KINETICS_MEAN', 'KINETICS_STD', 'PARTS', 'ATTENTION_PARTS', 'ModelConfig', 'Embeddings',
-           'ListeningEmbeddings', 'projection_head', 'normalize_frames', 'visual_encoders', 'GLCM', 'mean_slices',
-           'glcm_loss']
+           'projection_head', 'normalize_frames', 'visual_encoders', 'GLCM', 'mean_slices', 'glcm_loss']
 
 # %% ../nbs/04_model.ipynb #002
 from collections.abc import Iterable
@@ -85,15 +84,7 @@ class Embeddings(NamedTuple):
     attention: torch.Tensor # (B, H, W), each map sums to one
     audio_local: torch.Tensor | None # (B, D, T*M); None without the local pathway
     video_local: torch.Tensor | None # (B, D, T); None without the local pathway
-
-class ListeningEmbeddings(NamedTuple):
-    "`Embeddings`, and those of sounds that come from nothing in the frames."
-    audio_global: torch.Tensor # (B, D)
-    video_global: torch.Tensor # (B, D, H, W)
-    attention: torch.Tensor # (B, H, W), each map sums to one
-    audio_local: torch.Tensor | None # (B, D, T*M); None without the local pathway
-    video_local: torch.Tensor | None # (B, D, T); None without the local pathway
-    audio_nothing: torch.Tensor # (B, D) of silence or noise
+    audio_nothing: torch.Tensor | None = None # (B, D) of silence or noise; None: there was none
 
 # %% ../nbs/04_model.ipynb #c7a0e771
 def projection_head(
@@ -264,7 +255,7 @@ def forward(
     audio: torch.Tensor, # (B, F, N) scaled log-mel of the same time span, N = mel_per_step * T
     local: bool = True, # False: leave out the local pathway, which is most of the work
     nothing: torch.Tensor | None = None, # (B, F, N) silence or noise for each clip
-) -> Embeddings | ListeningEmbeddings: # the latter with `nothing`
+) -> Embeddings: # with `audio_nothing`, where there is `nothing`
     "Embeddings of a batch of clips (Section 3); raises `InputError` for views that do not fit together."
     self.check(video, audio)
     frames = normalize_frames(video, self.mean, self.std)
@@ -273,7 +264,8 @@ def forward(
     audio_features, nothing_features = self.audio_encoder(torch.cat([audio, nothing])).chunk(2)
     embeddings = self.embed_views(frames, audio_features, local)
     mean_features = nothing_features.mean(-1, keepdim=True)
-    return ListeningEmbeddings(*embeddings, self.embed('audio_global', mean_features).squeeze(-1))
+    audio_nothing = self.embed('audio_global', mean_features).squeeze(-1)
+    return embeddings._replace(audio_nothing=audio_nothing)
 
 # %% ../nbs/04_model.ipynb #014i
 @patch

@@ -1,5 +1,6 @@
 """Maps with sounds of nothing, offsets of whole clips and mosaics, against loops; silence and noise in training."""
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from glcm.core import generator
 from glcm.data.shards import ClipStore
 from glcm.data.views import prepare_inputs
 from glcm.losses import ALONE
-from glcm.model import GLCM, Embeddings, ListeningEmbeddings, glcm_loss
+from glcm.model import GLCM, glcm_loss
 from glcm.tasks.listen import best_threshold, choosing_clips, measure_listening, similarity_maps, sounds_of
 from glcm.tasks.localize import local_embeddings
 from glcm.tasks.match import fit_of_sounds, longest_offset, measure_matching, measure_offsets, model_fit
@@ -80,20 +81,25 @@ def test_the_threshold_is_chosen_on_other_clips(store):
 
 def test_clips_of_a_group_choose_or_are_scored_together(store):
     grouped = with_clips(store, lambda k, row: dict(split=None, group=f'g{k % 4}'))
-    choosing, scored = ({store.clips[i]['group'] for i in numbers} for numbers in choosing_clips(grouped))
-    sides = [{grouped.clips[i]['group'] for i in numbers} for numbers in choosing_clips(grouped)]
-    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 4
+    sides = []
+    for numbers in choosing_clips(grouped):
+        sides.append({grouped.clips[i]['group'] for i in numbers})
+    choosing, scored = sides
+    assert not choosing & scored
+    assert choosing | scored == {'g0', 'g1', 'g2', 'g3'}
 
 
 def test_threshold_has_the_highest_balanced_accuracy():
     rng = np.random.default_rng(0)
-    peaks = pd.DataFrame(dict(sound=['own']*20 + ['noise']*60, peak=np.r_[rng.normal(1, 1, 20), rng.normal(0, 1, 60)]))
-    own, other = peaks.peak[:20].to_numpy(), peaks.peak[20:].to_numpy()
+    own = rng.normal(1, 1, 20)
+    other = rng.normal(0, 1, 60)
+    peaks = pd.DataFrame(dict(sound=['own']*20 + ['noise']*60, peak=[*own, *other]))
 
     def accuracy(threshold):
         return ((own >= threshold).mean() + (other < threshold).mean())/2
-    best = best_threshold(peaks)
-    assert accuracy(best) == max(accuracy(threshold) for threshold in np.linspace(-4, 4, 8001))
+
+    highest = max(accuracy(threshold) for threshold in np.linspace(-4, 4, 8001))
+    assert accuracy(best_threshold(peaks)) == highest
 
 
 def test_a_model_that_does_not_hear_is_at_one_half(store):
@@ -125,7 +131,7 @@ def gradients(run, accumulate=1):
 
 def test_without_silence_everything_is_equal_bit_for_bit():
     losses, outputs, grads = gradients(RUN)
-    assert RUN.loss.silence == 0 and type(outputs) is Embeddings
+    assert RUN.loss.silence == 0 and outputs.audio_nothing is None
     model = new_model()
     views = batch()
     expected = glcm_loss(model(views['video'], views['audio']), replace(RUN.loss))
@@ -135,15 +141,19 @@ def test_without_silence_everything_is_equal_bit_for_bit():
     assert pretext.before_step(views, list('abcd'), 0, ALONE) is views
 
 
+def exponentials(sounds, cells):
+    "Of the scores of each clip's sound, added up over the cells."
+    scores = torch.einsum('bd,bdhw->bhw', sounds, cells)/LISTENING.loss.temperature
+    return scores.exp().sum((1, 2))
+
+
 def test_silence_is_part_of_the_loss_and_of_no_other_number():
     plain, _, _ = gradients(RUN)
     with_silence, outputs, _ = gradients(LISTENING)
-    assert type(outputs) is ListeningEmbeddings
     for name in ('global_loss', 'local_loss'):
         assert with_silence[name].item() == pytest.approx(plain[name].item(), rel=1e-5)
-    own = torch.einsum('bd,bdhw->bhw', outputs.audio_global, outputs.video_global)/LISTENING.loss.temperature
-    nothing = torch.einsum('bd,bdhw->bhw', outputs.audio_nothing, outputs.video_global)/LISTENING.loss.temperature
-    fits, silent = own.exp().sum((1, 2)), nothing.exp().sum((1, 2))
+    fits = exponentials(outputs.audio_global, outputs.video_global)
+    silent = exponentials(outputs.audio_nothing, outputs.video_global)
     expected = -(fits/(fits + silent)).log().mean()
     assert (with_silence['loss'] - plain['loss']).item() == pytest.approx(expected.item(), rel=1e-3)
 
@@ -173,9 +183,12 @@ def test_a_step_makes_silence_fit_less():
     views = network.before_step(batch(), list('abcd'), 0, ALONE)
 
     def peaks():
+        "The mean peak of the maps of silence and noise."
         with torch.no_grad():
-            out = network(views)
-        return torch.einsum('bd,bdhw->bhw', out.audio_nothing, out.video_global).amax((1, 2)).mean().item()
+            outputs = network(views)
+        maps = torch.einsum('bd,bdhw->bhw', outputs.audio_nothing, outputs.video_global)
+        return maps.amax((1, 2)).mean().item()
+
     before = peaks()
     for _ in range(10):
         optimizer.zero_grad()
@@ -186,6 +199,32 @@ def test_a_step_makes_silence_fit_less():
 
 # -- whole clips -------------------------------------------------------------------------------------------------------
 
+def embedded(model, name, features):
+    "Features (1, C, positions) as embeddings (D, positions) of length one."
+    return F.normalize(model.project[name](features), dim=1)[0]
+
+
+def attention_by_hand(model, frames, sound_features):
+    "(1, 14, 14): the attention of the mean of some sounds (C, slices)."
+    mean = sound_features.mean(-1)[None, :, None]
+    sound = embedded(model, 'audio_global', mean)[:, 0]
+    cells = embedded(model, 'video_global', model.global_features(frames).flatten(2))
+    scores = sound @ cells/model.config.attention_temperature
+    return scores.softmax(0).view(1, 14, 14)
+
+
+def fit_by_hand(steps, slices, temperature):
+    "The mean over the time steps of the logarithm of each step's sum over its three slices."
+    total = 0
+    for t in range(FRAMES):
+        own = 0
+        for m in range(3):
+            score = steps[:, t] @ slices[:, 3*t + m]/temperature
+            own += score.exp()
+        total += own.log()
+    return float(total)/FRAMES
+
+
 def test_fit_of_sounds_is_that_of_a_loop(store):
     model, temperature = new_model(), RUN.loss.temperature
     planes = torch.from_numpy(store.planes(0, 0, FRAMES).copy())
@@ -195,18 +234,11 @@ def test_fit_of_sounds_is_that_of_a_loop(store):
     with torch.inference_mode():
         frames = (video/255 - model.mean)/model.std
         features = model.audio_encoder(audio)
-        mean = sum(features)/3
-        sound = F.normalize(model.project['audio_global'](mean.mean(-1)[None, :, None]), dim=1)[0, :, 0]
-        cells = F.normalize(model.project['video_global'](model.global_features(frames).flatten(2)), dim=1)[0]
-        attention = (sound @ cells/model.config.attention_temperature).softmax(0).view(1, 14, 14)
-        steps = F.normalize(model.project['video_local'](model.local_features(frames, attention)), dim=1)[0]
+        attention = attention_by_hand(model, frames, features.mean(0))
+        steps = embedded(model, 'video_local', model.local_features(frames, attention))
         for k in range(3):
-            slices = F.normalize(model.project['audio_local'](features[k:k + 1]), dim=1)[0]
-            total = 0
-            for t in range(FRAMES):
-                own = [(steps[:, t] @ slices[:, t*3 + m]/temperature).exp() for m in range(3)]
-                total += torch.log(sum(own))/FRAMES
-            assert found[k] == pytest.approx(float(total), rel=1e-3)
+            slices = embedded(model, 'audio_local', features[k:k + 1])
+            assert found[k] == pytest.approx(fit_by_hand(steps, slices, temperature), rel=1e-3)
 
 
 def test_the_own_sound_alone_is_that_of_the_model(store):
@@ -214,18 +246,22 @@ def test_the_own_sound_alone_is_that_of_the_model(store):
     model = new_model()
     planes = torch.from_numpy(store.planes(0, 0, FRAMES).copy())
     video, audio = prepare_inputs(planes[None], torch.from_numpy(store.mel(0, 0, FRAMES))[None])
-    z_v, z_a = local_embeddings(model, video, audio)
-    scores = torch.einsum('dt,dtm->tm', z_v, z_a.unflatten(1, (FRAMES, -1)))/RUN.loss.temperature
-    assert fit_of_sounds(model, video, audio, RUN.loss.temperature)[0] == pytest.approx(scores.logsumexp(1).mean().item(), rel=1e-4)
+    steps, slices = local_embeddings(model, video, audio)
+    found = fit_of_sounds(model, video, audio, RUN.loss.temperature)
+    expected = fit_by_hand(steps, slices, RUN.loss.temperature)
+    assert found[0] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize('true', [-2, 0, 1, 3])
 def test_offsets_count_within_one_step(store, true):
     def fit(picture, sounds):
-        (i, start) = picture
-        return np.array([-abs(first - start - true) for k, first in sounds], float)
+        "The best sound begins `true` steps later than the picture."
+        _, start = picture
+        return np.array([-abs(first - start - true) for _, first in sounds], float)
+
     table = measure_offsets(fit, store, [0, 1], FRAMES, 4)
-    assert (table.predicted == true).all() and (table.within == (abs(true) <= 1)).all()
+    assert (table.predicted == true).all()
+    assert (table.within == (abs(true) <= 1)).all()
     assert table.chance.iloc[0] == pytest.approx(3/9)
 
 
@@ -235,7 +271,12 @@ def test_a_model_that_counts_steps_finds_no_offset(store):
     longest = longest_offset(store, numbers, FRAMES)
     assert longest == min(15, (min(row['steps'] for row in store.clips) - FRAMES)//2)
     silent = ClipStore(store.folder)
-    silent.mel = lambda i, start, stop: np.full((RUN.model.bands, (stop - start)*RUN.model.mel_per_step), -5, np.float32)
+
+    def silence(i, start, stop):
+        columns = (stop - start)*RUN.model.mel_per_step
+        return np.full((RUN.model.bands, columns), -5, np.float32)
+
+    silent.mel = silence
     scores = model_fit(new_model(), RUN, silent)((0, 10), [(0, start) for start in range(8, 13)])
     assert np.ptp(scores) < 1e-5
 
@@ -256,21 +297,35 @@ def test_other_sounds_are_of_other_groups(store):
 
 # -- mosaics -----------------------------------------------------------------------------------------------------------
 
+def places_of(part, whole):
+    "Top and left of each place where one video (3, T, h, w) lies in a larger one."
+    height, width = part.shape[2:]
+    tops = range(0, whole.shape[2] - height + 1, 2)
+    lefts = range(0, whole.shape[3] - width + 1, 2)
+    places = []
+    for top, left in product(tops, lefts):
+        if torch.equal(whole[:, :, top:top + height, left:left + width], part):
+            places.append((top, left))
+    return places
+
+
 def test_quarters_are_the_clips_as_they_are_cropped(store):
-    talkers = with_clips(store, lambda k, row: dict(split='test', group=f's{k}', boxes=[[0.4, 0.4, 0.6, 0.6]]))
-    numbers, crop = [3, 1, 4, 6], RUN.views.crop
-    video, sounds, boxes = mosaic(talkers, numbers, RUN, generator('crops', 5))
-    assert video.shape == (1, 3, FRAMES, 2*crop, 2*crop) and len(sounds) == len(boxes) == 4
+    "The third clip of a mosaic is below on the left, its box moves with the crop, and its sound is whole."
+    box = [0.4, 0.4, 0.6, 0.6]
+    talkers = with_clips(store, lambda k, row: dict(split='test', group=f's{k}', boxes=[box]))
+    crop = RUN.views.crop
+    video, sounds, boxes = mosaic(talkers, [3, 1, 4, 6], RUN, generator('crops', 5))
+    assert video.shape == (1, 3, FRAMES, 2*crop, 2*crop)
+    assert len(sounds) == len(boxes) == 4
     start = (talkers.clips[4]['steps'] - FRAMES)//2
-    whole = prepare_inputs(torch.from_numpy(talkers.planes(4, start, start + FRAMES).copy())[None], None)[0][0]
-    quarter = video[0, :, :, crop:, :crop]
-    places = [(y, x) for y in range(0, whole.shape[2] - crop + 1, 2) for x in range(0, whole.shape[3] - crop + 1, 2)
-              if torch.equal(whole[:, :, y:y + crop, x:x + crop], quarter)]
-    assert len(places) == 1
-    (top, left), height, width = places[0], *whole.shape[2:]
-    x1, y1, x2, y2 = boxes[2][0]
+    planes = torch.from_numpy(talkers.planes(4, start, start + FRAMES).copy())
+    mel = torch.from_numpy(talkers.mel(4, start, start + FRAMES))
+    whole, sound = prepare_inputs(planes[None], mel)
+    (top, left), = places_of(video[0, :, :, crop:, :crop], whole[0])
+    height, width = whole.shape[3:]
+    x1, y1, *_ = boxes[2][0]
     assert [x1*crop + left, y1*crop + top] == pytest.approx([0.4*width, 0.4*height])
-    assert torch.equal(sounds[2], prepare_inputs(None, torch.from_numpy(talkers.mel(4, start, start + FRAMES)))[1])
+    assert torch.equal(sounds[2], sound)
 
 
 def test_mosaics_of_one_kind_and_of_four_speakers(store):
@@ -279,11 +334,16 @@ def test_mosaics_of_one_kind_and_of_four_speakers(store):
     kinds = {f's{k}': 'f' if k < 4 else 'm' for k in range(7)} # the last is of no known kind
     for k in range(20):
         numbers, alike = choose_four(clips, kinds, 7, k)
-        found = [kinds.get(talkers.clips[i]['group']) for i in numbers]
-        assert len(set(numbers)) == 4 and alike == (k % 2 == 1)
-        assert not alike or found in (['f']*4, ['m']*4)
-    assert choose_four(clips, kinds, 7, 3) == choose_four(clips, kinds, 7, 3) != choose_four(clips, kinds, 8, 3)
-    assert not any(choose_four(clips, {}, 7, k)[1] for k in range(20))
+        found = {kinds.get(talkers.clips[i]['group']) for i in numbers}
+        assert len(set(numbers)) == 4
+        assert alike == (k % 2 == 1)
+        if alike: # there are only three of the other kind
+            assert found == {'f'}
+    again = choose_four(clips, kinds, 7, 3)
+    assert again == choose_four(clips, kinds, 7, 3)
+    assert again != choose_four(clips, kinds, 8, 3)
+    unknown = [choose_four(clips, {}, 7, k) for k in range(20)]
+    assert not any(alike for _, alike in unknown)
 
 
 @pytest.mark.parametrize('row, column, expected', [(0, 0, 0), (3, 9, 1), (4, 0, 2), (7, 5, 3)])

@@ -48,7 +48,7 @@ def trained_parts(model, loss):
 
 def shapes(z):
     "The shape of each of the model's outputs."
-    return {name: tuple(value.shape) for name, value in z._asdict().items()}
+    return {name: tuple(value.shape) for name, value in z._asdict().items() if value is not None}
 
 
 def test_paper_size():
@@ -233,14 +233,15 @@ def test_bfloat16_autocast(channels_last):
             model = model.to(memory_format=torch.channels_last_3d)
         with torch.autocast('cpu', dtype=torch.bfloat16):
             found = model(*views)
-    for a, b in zip(found, expected):
-        assert a.dtype == torch.float32
-        torch.testing.assert_close(a, b, atol=0.05, rtol=0.05)
+    for name in shapes(expected):
+        value = getattr(found, name)
+        assert value.dtype == torch.float32
+        torch.testing.assert_close(value, getattr(expected, name), atol=0.05, rtol=0.05)
 
 
 def test_same_seed_same_model():
     z, again = build()(*clips()), build()(*clips())
-    assert all(torch.equal(a, b) for a, b in zip(z, again))
+    assert all(torch.equal(getattr(z, name), getattr(again, name)) for name in shapes(z))
     state = build().state_dict()
     other = build(seed=1)
     other.load_state_dict(state)

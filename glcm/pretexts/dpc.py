@@ -9,6 +9,7 @@ __all__ = ['DPCConfig', 'start_orthogonal', 'dense_predictor', 'DPCOutputs', 'DP
 from typing import Annotated, Literal, NamedTuple
 
 import torch
+from fastcore.basics import patch
 from pydantic import Field, StrictFloat
 from torch import nn
 
@@ -70,35 +71,50 @@ class DPC(Pretext):
         self.predict = dense_predictor(channels)
         start_orthogonal(self.recurrence)
 
-    def before_step(self, views, clips, step, ranks):
-        video, config = views['video'], self.run.pretext
-        height, width = (-(-side//self.model.config.local_stride) for side in video.shape[3:]) # rounded up
-        shape = video.shape[2]//config.block_frames - 1, height*width, self.recurrence.hidden_size
-        drawn = [torch.from_numpy(rng.random(shape, 'float32')) for rng in clip_generators(self.run, step, clips)]
-        kept = torch.stack(drawn) >= config.dropout
-        return views | dict(kept=to_device(kept, video.device))
+# %% ../../nbs/33_pretexts.dpc.ipynb #d4d37ee1
+@patch
+def before_step(self: DPC, views, clips, step, ranks):
+    video, config = views['video'], self.run.pretext
+    height, width = (-(-side//self.model.config.local_stride) for side in video.shape[3:]) # rounded up
+    blocks = video.shape[2]//config.block_frames
+    shape = blocks - 1, height*width, self.recurrence.hidden_size
+    drawn = []
+    for rng in clip_generators(self.run, step, clips):
+        drawn.append(torch.from_numpy(rng.random(shape, 'float32')))
+    kept = torch.stack(drawn) >= config.dropout
+    return views | dict(kept=to_device(kept, video.device))
 
-    def predict_ahead(self, seen, weights) -> torch.Tensor: # (P, rows, C)
-        "Predict blocks from those that are seen, (N - P, rows, C); the state after each is weighted, (N - 1, rows, C)."
-        weights, state = iter(weights), torch.zeros_like(seen[0])
-        for block in seen:
-            state = self.recurrence(block.relu(), state)*next(weights)
-        predictions = [self.predict(state)]
-        for weight in weights:
-            state = self.recurrence(predictions[-1].relu(), state)*weight
-            predictions.append(self.predict(state))
-        return torch.stack(predictions)
+# %% ../../nbs/33_pretexts.dpc.ipynb #abf1979b
+@patch
+def predict_ahead(self: DPC, seen, weights) -> torch.Tensor: # (P, rows, C)
+    "Predict blocks from those that are seen, (N - P, rows, C); the state after each is weighted, (N - 1, rows, C)."
+    weights, state = iter(weights), torch.zeros_like(seen[0])
+    for block in seen:
+        state = self.recurrence(block.relu(), state)*next(weights)
+    predictions = [self.predict(state)]
+    for weight in weights:
+        state = self.recurrence(predictions[-1].relu(), state)*weight
+        predictions.append(self.predict(state))
+    return torch.stack(predictions)
 
-    def forward(self, views):
-        config = self.run.pretext
-        features = encode_blocks(self.model, views['video'], config.block_frames)
-        cells = self.project(features.flatten(3).transpose(2, 3)) # (B, N, S, C)
-        rows = cells.transpose(0, 1).flatten(1, 2) # (N, B*S, C)
-        kept = views['kept'].transpose(0, 1).flatten(1, 2)
-        predictions = self.predict_ahead(rows[:-config.predicted], kept.to(rows.dtype)/(1 - config.dropout))
-        predictions = predictions.unflatten(1, (len(cells), -1)).transpose(0, 1) # (B, P, S, C)
-        return DPCOutputs(predictions.flatten(1, 2), cells[:, -config.predicted:].flatten(1, 2))
+# %% ../../nbs/33_pretexts.dpc.ipynb #2b282eb9
+@patch
+def forward(self: DPC, views):
+    config = self.run.pretext
+    features = encode_blocks(self.model, views['video'], config.block_frames)
+    cells = self.project(features.flatten(3).transpose(2, 3)) # (B, N, S, C)
+    rows = cells.transpose(0, 1).flatten(1, 2) # (N, B*S, C)
+    kept = views['kept'].transpose(0, 1).flatten(1, 2) # (N - 1, B*S, C)
+    weights = kept.to(rows.dtype)/(1 - config.dropout)
+    seen = rows[:-config.predicted]
+    predictions = self.predict_ahead(seen, weights) # (P, B*S, C)
+    predictions = predictions.unflatten(1, (len(cells), -1)).transpose(0, 1) # (B, P, S, C)
+    targets = cells[:, -config.predicted:]
+    return DPCOutputs(predictions.flatten(1, 2), targets.flatten(1, 2))
 
-    def loss(self, outputs, views, ranks=ALONE):
-        places = list(range(outputs.targets.shape[1]))
-        return prediction_losses(outputs.predictions, places, outputs.targets, comparing_ranks(self.run, ranks))
+# %% ../../nbs/33_pretexts.dpc.ipynb #152e19ec
+@patch
+def loss(self: DPC, outputs, views, ranks=ALONE):
+    places = list(range(outputs.targets.shape[1]))
+    compared = comparing_ranks(self.run, ranks)
+    return prediction_losses(outputs.predictions, places, outputs.targets, compared)

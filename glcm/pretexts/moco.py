@@ -11,6 +11,7 @@ from copy import deepcopy
 from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import torch
+from fastcore.basics import patch
 from pydantic import Field, StrictFloat, StrictInt
 from torch import nn
 from torch.nn import functional as F
@@ -121,34 +122,47 @@ class MoCo(Pretext):
         random = torch.randn(run.pretext.queue, run.pretext.embedding)
         self.register_buffer('queue', F.normalize(random, dim=1)) # the oldest key first
 
-    def embed(self, encoder, head, video):
-        "(B, 3, T, h, w) uint8 frames to (B, D) of length one."
-        frames = normalize_frames(video, self.model.mean, self.model.std)
-        z = head(encoder(frames).mean((2, 3, 4)))
-        return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
+# %% ../../nbs/31_pretexts.moco.ipynb #83556e47
+@patch
+def embed(self: MoCo, encoder, head, video):
+    "(B, 3, T, h, w) uint8 frames to (B, D) of length one."
+    frames = normalize_frames(video, self.model.mean, self.model.std)
+    z = head(encoder(frames).mean((2, 3, 4)))
+    return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
 
-    def keys(self, video, step, ranks):
-        "(m, D) for this rank's clips, normalised in groups of the shuffled batch of all ranks."
-        everything = gather_clips(video, ranks)
-        order = to_device(shuffled(self.run, step, len(everything)), video.device)
-        groups = key_groups(order, self.run.pretext.key_groups, ranks)
-        keys = torch.cat([self.embed(self.key_encoder, self.key_head, everything[group]) for group in groups])
-        places = order.argsort()[own_rows(len(video), ranks, video.device)]
-        return ranks.all_gather(keys)[places]
+# %% ../../nbs/31_pretexts.moco.ipynb #21d7af2b
+@patch
+def keys(self: MoCo, video, step, ranks):
+    "(m, D) for this rank's clips, normalised in groups of the shuffled batch of all ranks."
+    everything = gather_clips(video, ranks)
+    order = to_device(shuffled(self.run, step, len(everything)), video.device)
+    groups = key_groups(order, self.run.pretext.key_groups, ranks)
+    keys = []
+    for group in groups:
+        keys.append(self.embed(self.key_encoder, self.key_head, everything[group]))
+    keys_of_all = ranks.all_gather(torch.cat(keys)) # in the shuffled order
+    places = order.argsort() # of each clip in it
+    return keys_of_all[places[own_rows(len(video), ranks, video.device)]]
 
-    def before_step(self, views, clips, step, ranks):
-        follow(self.key_encoder, self.model.local_encoder, self.run.pretext.momentum)
-        follow(self.key_head, self.head, self.run.pretext.momentum)
-        return views | dict(key=self.keys(views['second_video'], step, ranks))
+# %% ../../nbs/31_pretexts.moco.ipynb #7d18b105
+@patch
+def before_step(self: MoCo, views, clips, step, ranks):
+    follow(self.key_encoder, self.model.local_encoder, self.run.pretext.momentum)
+    follow(self.key_head, self.head, self.run.pretext.momentum)
+    return views | dict(key=self.keys(views['second_video'], step, ranks))
 
-    def forward(self, views):
-        self.model.check(views['video'], views['audio'])
-        return MoCoOutputs(self.embed(self.model.local_encoder, self.head, views['video']))
+# %% ../../nbs/31_pretexts.moco.ipynb #a166f7d0
+@patch
+def forward(self: MoCo, views):
+    self.model.check(views['video'], views['audio'])
+    return MoCoOutputs(self.embed(self.model.local_encoder, self.head, views['video']))
 
-    def loss(self, outputs, views, ranks=ALONE):
-        loss = queue_loss(outputs.query, views['key'], self.queue, self.run.pretext.temperature)
-        return dict(loss=loss, contrast_loss=loss)
+@patch
+def loss(self: MoCo, outputs, views, ranks=ALONE):
+    loss = queue_loss(outputs.query, views['key'], self.queue, self.run.pretext.temperature)
+    return dict(loss=loss, contrast_loss=loss)
 
-    def after_step(self, outputs, views, ranks):
-        keys = gather_clips(views['key'], ranks)
-        self.queue.copy_(torch.cat([self.queue, keys])[-len(self.queue):])
+@patch
+def after_step(self: MoCo, outputs, views, ranks):
+    keys = gather_clips(views['key'], ranks)
+    self.queue.copy_(torch.cat([self.queue, keys])[-len(self.queue):])

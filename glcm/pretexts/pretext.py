@@ -11,6 +11,7 @@ from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from ..core import configuration, generator
@@ -86,13 +87,15 @@ class Pretext(nn.Module):
     def after_step(self, outputs: NamedTuple, views: dict, ranks: Ranks):
         "What happens once a step, after the update of the weights."
 
-    def state(self) -> dict: # name -> tensor
-        "Heads and state: all that a resumed run needs besides the model."
-        return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith('model.')}
+# %% ../../nbs/30_pretexts.pretext.ipynb #922e50d2
+@patch
+def state(self: Pretext) -> dict: # name -> tensor
+    "Heads and state: all that a resumed run needs besides the model."
+    return {name: tensor for name, tensor in self.state_dict().items() if not name.startswith('model.')}
 
 # %% ../../nbs/30_pretexts.pretext.ipynb #009
 def prepare_views(
-    batch: dict, # planes (B, T, 3h/2, w) uint8, mel (B, F, N), shift (B,); perhaps second_planes, second_mel, distance (B,)
+    batch: dict, # planes (B, T, 3h/2, w) uint8, mel (B, F, N), shift (B,); perhaps second_planes, second_mel, distance
     device: torch.device | None = None, # that computes; None: where they are
 ) -> dict: # video (B, 3, T, h, w) uint8, audio (B, F, N), shift; perhaps second_video, second_audio, distance
     "The views of a batch as the network takes them."
@@ -104,6 +107,7 @@ def prepare_views(
             views[name] = batch[name].to(device, non_blocking=True)
     return {name: view for name, view in views.items() if view is not None}
 
+# %% ../../nbs/30_pretexts.pretext.ipynb #6794da6e
 def empty_views(
     run, # the `RunConfig`
     clips: int = 1, # B
@@ -128,6 +132,7 @@ def clip_generators(
     "Sources of randomness that depend on the seed, the step and the clip alone."
     return [generator(run.seed, 'pretext', step, clip) for clip in clips]
 
+# %% ../../nbs/30_pretexts.pretext.ipynb #df81f15e
 def to_device(
     drawn: torch.Tensor, # on the CPU
     device: torch.device, # that computes
@@ -159,6 +164,7 @@ def gather_clips(
     by_rank = _Gather.apply(x, ranks).unflatten(0, (ranks.size, len(x)))
     return by_rank.transpose(0, 1).flatten(0, 1)
 
+# %% ../../nbs/30_pretexts.pretext.ipynb #ddfe09d3
 def own_rows(
     clips: int, # of this rank, m
     ranks: Ranks,
@@ -200,6 +206,7 @@ class GLCMConfig(PretextConfig):
     def network(self, model, run):
         return GLCMPretext(model, run)
 
+# %% ../../nbs/30_pretexts.pretext.ipynb #742fce47
 class GLCMPretext(Pretext):
     "Global and local contrast of sight and sound (Section 3)."
     def __init__(self, model: GLCM, run):
@@ -221,6 +228,7 @@ class GLCMPretext(Pretext):
         common = overlap(outputs, views['shift'], self.run.views.shift)
         losses = glcm_loss(common, self.run.loss, ranks)
         if 'nothing' in views:
-            less = silence_loss(outputs.audio_global, outputs.audio_nothing, outputs.video_global, self.run.loss.temperature)
+            less = silence_loss(outputs.audio_global, outputs.audio_nothing, outputs.video_global,
+                                self.run.loss.temperature)
             losses['loss'] = losses['loss'] + self.run.loss.silence*less
         return losses

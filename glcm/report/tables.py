@@ -44,6 +44,7 @@ def check_run(
         raise InputError(f'{folder} is missing: run `dvc repro`')
     return folder
 
+# %% ../../nbs/51_report.tables.ipynb #cde930a0
 def read_localization(
     artifacts: Path, # folder of the stages' outputs
     variant: str,
@@ -169,6 +170,7 @@ def base_variant(
     bases = [other for other in variants if variant.startswith(f'{other}_')]
     return max(['glcm', *bases], key=len)
 
+# %% ../../nbs/51_report.tables.ipynb #263413ed
 def comparisons(
     variant: str,
     setting: str,
@@ -187,6 +189,10 @@ def comparisons(
 # %% ../../nbs/51_report.tables.ipynb #022
 PRETRAINED_TASKS = 'localization', *MEASURED_FILES
 
+def _all_seeds(artifacts, variant, seeds, file) -> pd.DataFrame:
+    "A file of all seeds of a variant, with a column seed."
+    return pd.concat([read_localization(artifacts, variant, seed, file).assign(seed=seed) for seed in seeds])
+
 def all_localization(
     artifacts: Path, # folder of the stages' outputs
     variants: list,
@@ -195,11 +201,10 @@ def all_localization(
     "Localization and synchronisation of all runs, clip by clip; without boxes that is synchronisation alone."
     tables = {}
     for variant in variants:
-        scores = pd.concat([read_localization(artifacts, variant, seed).assign(seed=seed) for seed in seeds])
+        scores = _all_seeds(artifacts, variant, seeds, 'scores.csv')
         tables[variant, 'localization', 'plain'] = scores[scores.method == 'model']
         for task, file in MEASURED_FILES.items():
-            rows = [read_localization(artifacts, variant, seed, file).assign(seed=seed) for seed in seeds]
-            tables[variant, task, 'plain'] = pd.concat(rows)
+            tables[variant, task, 'plain'] = _all_seeds(artifacts, variant, seeds, file)
     return {key: table for key, table in tables.items() if len(table)}
 
 # %% ../../nbs/51_report.tables.ipynb #022y
@@ -354,6 +359,7 @@ def row_name(
         parts.append(f'{100*labels:.1f}% of the labels')
     return ', '.join(filter(None, parts))
 
+# %% ../../nbs/51_report.tables.ipynb #9ed0b60b
 def column_headings(
     rows: pd.DataFrame, # with columns task and metric
 ) -> dict: # (task, metric) -> heading, in the order of the rows
@@ -375,7 +381,8 @@ def tasks_table(
     rows = []
     for (variant, setting, labels), own in scores.groupby(['variant', 'setting', 'labels'], sort=False):
         name = row_name(VARIANT_NAMES.get(variant, variant), setting, labels)
-        rows.append((name, {key: metric_text(seeds) for key, seeds in own.groupby(['task', 'metric'])}))
+        cells = {key: metric_text(seeds) for key, seeds in own.groupby(['task', 'metric'])}
+        rows.append((name, cells))
     return '\n'.join(markdown_table(column_headings(scores), rows))
 
 # %% ../../nbs/51_report.tables.ipynb #037b

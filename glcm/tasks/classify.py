@@ -7,6 +7,7 @@ __all__ = ['Classifier']
 
 # %% ../../nbs/45_tasks.classify.ipynb #002
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
@@ -41,52 +42,60 @@ class Classifier(TaskNetwork):
         self.layer_sum = layer_sum(self.features)
         self.head = nn.Linear(channels, 1 if self.is_fake_task else len(self.labels))
 
-    def from_features(
-        self,
-        features: torch.Tensor, # (B, channels, T)
-        length: torch.Tensor | None = None, # (B,) steps of each clip; None: all T
-    ) -> torch.Tensor: # (B, classes) logits; (B, 1) of being FAKE
-        "The logits of a batch; in float32, whatever the precision of the encoders."
-        with torch.autocast(features.device.type, enabled=False):
-            means = self.compress(features, length).squeeze(2)
-            return self.head(self.layer_sum(self.norm(means)))
+# %% ../../nbs/45_tasks.classify.ipynb #e964ef33
+@patch
+def from_features(
+    self: Classifier,
+    features: torch.Tensor, # (B, channels, T)
+    length: torch.Tensor | None = None, # (B,) steps of each clip; None: all T
+) -> torch.Tensor: # (B, classes) logits; (B, 1) of being FAKE
+    "The logits of a batch; in float32, whatever the precision of the encoders."
+    with torch.autocast(features.device.type, enabled=False):
+        means = self.compress(features, length).squeeze(2)
+        return self.head(self.layer_sum(self.norm(means)))
 
-    def compress(self, features, length): # (B, channels, 1)
-        "The means suffice; in float32, which a sum over time needs."
-        return clip_mean(features.to(self.head.weight.dtype), length).unsqueeze(2)
+@patch
+def compress(self: Classifier, features, length): # (B, channels, 1)
+    "The means suffice; in float32, which a sum over time needs."
+    return clip_mean(features.to(self.head.weight.dtype), length).unsqueeze(2)
 
-    def target(
-        self,
-        row: dict, # of a clip in the index
-    ) -> int:
-        "The number of a clip's label; raises `InputError` for a label that was not in training."
-        if row['label'] not in self.labels:
-            raise InputError(f"clip {row['clip']} has the label {row['label']!r}, "
-                             f'which is not among the {len(self.labels)} labels in training')
-        return self.labels.index(row['label'])
+# %% ../../nbs/45_tasks.classify.ipynb #e2944e95
+@patch
+def target(
+    self: Classifier,
+    row: dict, # of a clip in the index
+) -> int:
+    "The number of a clip's label; raises `InputError` for a label that was not in training."
+    if row['label'] not in self.labels:
+        raise InputError(f"clip {row['clip']} has the label {row['label']!r}, "
+                         f'which is not among the {len(self.labels)} labels in training')
+    return self.labels.index(row['label'])
 
-    def loss(
-        self,
-        logits: torch.Tensor, # (B, classes)
-        batch: dict, # with target (B,)
-        ranks: Ranks = ALONE, # processes that train together, each on its share of a batch
-    ) -> torch.Tensor: # whose mean over the ranks is the loss of the whole batch
-        "Cross-entropy."
-        target = batch['target'].to(logits.device, non_blocking=True)
-        if self.is_fake_task:
-            loss = F.binary_cross_entropy_with_logits(logits[:, 0], target.float())
-        else:
-            loss = F.cross_entropy(logits, target)
-        return loss*batch_share(len(target), ranks)
+@patch
+def loss(
+    self: Classifier,
+    logits: torch.Tensor, # (B, classes)
+    batch: dict, # with target (B,)
+    ranks: Ranks = ALONE, # processes that train together, each on its share of a batch
+) -> torch.Tensor: # whose mean over the ranks is the loss of the whole batch
+    "Cross-entropy."
+    target = batch['target'].to(logits.device, non_blocking=True)
+    if self.is_fake_task:
+        loss = F.binary_cross_entropy_with_logits(logits[:, 0], target.float())
+    else:
+        loss = F.cross_entropy(logits, target)
+    return loss*batch_share(len(target), ranks)
 
-    def predict(
-        self,
-        logits: torch.Tensor, # (windows, classes) of one clip
-    ) -> dict: # predicted, and confidence or logit
-        "The label of a clip, from all its windows."
-        if self.is_fake_task:
-            logit = logits.double().mean().item()
-            return dict(predicted=self.labels[logit > 0], logit=logit)
-        probabilities = logits.softmax(1).mean(0)
-        best = probabilities.argmax()
-        return dict(predicted=self.labels[best], confidence=round(probabilities[best].item(), 5))
+# %% ../../nbs/45_tasks.classify.ipynb #c7050adf
+@patch
+def predict(
+    self: Classifier,
+    logits: torch.Tensor, # (windows, classes) of one clip
+) -> dict: # predicted, and confidence or logit
+    "The label of a clip, from all its windows."
+    if self.is_fake_task:
+        logit = logits.double().mean().item()
+        return dict(predicted=self.labels[logit > 0], logit=logit)
+    probabilities = logits.softmax(1).mean(0)
+    best = probabilities.argmax()
+    return dict(predicted=self.labels[best], confidence=round(probabilities[best].item(), 5))

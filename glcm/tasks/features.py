@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['temporal_stride', 'length_mask', 'step_numbers', 'pack_steps', 'unpack_steps', 'PaddingMask', 'masked_padding',
-           'attention_maps', 'needed_parts', 'Features', 'TaskNetwork', 'clip_mean']
+           'attention_maps', 'feature_encoders', 'needed_parts', 'frozen_attention', 'Features', 'TaskNetwork',
+           'clip_mean']
 
 # %% ../../nbs/44_tasks.features.ipynb #002
 import copy
@@ -149,16 +150,33 @@ def attention_maps(
     return attention
 
 # %% ../../nbs/44_tasks.features.ipynb #007q
+def feature_encoders(
+    config: TaskConfig,
+) -> list[str]: # of global, local and audio
+    "The encoders whose features a task takes."
+    names = []
+    if config.uses_video:
+        names += [name for name in ('global', 'local') if name in config.features]
+    if 'audio' in config.modality:
+        names.append('audio')
+    return names
+
 def needed_parts(
     config: TaskConfig,
 ) -> list[str]: # of `glcm.model.PARTS`
     "What a task takes of a pretrained network: encoders, and what makes the attention map."
     parts = list(ATTENTION_PARTS) if config.uses_attention else []
-    if config.uses_video:
-        parts += [name for name in ('global', 'local') if name in config.features]
-    if 'audio' in config.modality:
-        parts.append('audio')
+    parts += feature_encoders(config)
     return list(dict.fromkeys(parts))
+
+# %% ../../nbs/44_tasks.features.ipynb #41fad6d9
+def frozen_attention(
+    model: GLCM, # pretrained
+) -> GLCM: # a copy that never learns, without the local encoder
+    "The model that makes attention maps, as pretraining has left it."
+    attention = copy.deepcopy(model).eval().requires_grad_(False)
+    del attention.local_encoder
+    return attention
 
 # %% ../../nbs/44_tasks.features.ipynb #008
 class Features(nn.Module):
@@ -168,38 +186,33 @@ class Features(nn.Module):
         model.check_trained(needed_parts(config), f'a task with input {config.input} and features {config.features}')
         self.config = config
         self.stride = run.views.frames//run.model.global_frames # frames between two of the global view
-        self.attention_model = None
-        if config.uses_attention:
-            self.attention_model = copy.deepcopy(model).eval().requires_grad_(False)
-            del self.attention_model.local_encoder
-        names = []
-        if config.uses_video:
-            names += [name for name in ('global', 'local') if name in config.features]
-        if 'audio' in config.modality:
-            names.append('audio')
-        self.encoders = nn.ModuleDict({name: getattr(model, f'{name}_encoder') for name in names})
+        self.attention_model = frozen_attention(model) if config.uses_attention else None
+        self.encoders = nn.ModuleDict({name: getattr(model, f'{name}_encoder') for name in feature_encoders(config)})
         self.compiled = {} # name -> the encoder as `compile_encoders` has made it
         self.channels = sum(encoder.channels for encoder in self.encoders.values())
         self.register_buffer('mean', model.mean, persistent=False)
         self.register_buffer('std', model.std, persistent=False)
         self.freeze(config.probe)
 
-    def freeze(
-        self,
-        frozen: bool, # whether the encoders stay as they are
-    ):
-        "Freeze the encoders, or train them again."
-        self.frozen = frozen
-        self.encoders.requires_grad_(not frozen).train(self.training and not frozen)
+# %% ../../nbs/44_tasks.features.ipynb #8237ff93
+@patch
+def freeze(
+    self: Features,
+    frozen: bool, # whether the encoders stay as they are
+):
+    "Freeze the encoders, or train them again."
+    self.frozen = frozen
+    self.encoders.requires_grad_(not frozen).train(self.training and not frozen)
 
-    def train(self, mode: bool = True):
-        "Training or evaluation; the attention model and frozen encoders are never in training."
-        super().train(mode)
-        if self.attention_model:
-            self.attention_model.eval()
-        if self.frozen:
-            self.encoders.eval()
-        return self
+@patch
+def train(self: Features, mode: bool = True):
+    "Training or evaluation; the attention model and frozen encoders are never in training."
+    nn.Module.train(self, mode)
+    if self.attention_model:
+        self.attention_model.eval()
+    if self.frozen:
+        self.encoders.eval()
+    return self
 
 # %% ../../nbs/44_tasks.features.ipynb #008f
 @patch

@@ -181,6 +181,7 @@ def listening_scores(
     negatives = [shares[f'active_{sound}'] for sound in NEGATIVE_SOUNDS]
     return dict(listening=(shares['active_own'] + 1 - np.mean(negatives))/2) | shares
 
+# %% ../../nbs/40_tasks.metrics.ipynb #7c696a46
 def offset_scores(
     rows: pd.DataFrame, # a row per clip: within (bool), whether the best offset is right within one step
     counts: np.ndarray, # (n,) how often each row counts
@@ -199,8 +200,12 @@ def mosaic_scores(
     rows: pd.DataFrame, # a row per mosaic and talker who is heard: quarter, mouth and fixed (bool)
     counts: np.ndarray, # (n,) how often each row counts
 ) -> dict: # quarter, mouth and fixed
-    "How often the peak lies on the talker who is heard, on his mouth, and a fixed point of the right quarter on his mouth."
-    return {name: _weighted_mean(rows[name].to_numpy().astype(float), counts) for name in ('quarter', 'mouth', 'fixed')}
+    "How often the peak lies in the right quarter and on the mouth, and a fixed point of that quarter on the mouth."
+    scores = {}
+    for name in ('quarter', 'mouth', 'fixed'):
+        hits = rows[name].to_numpy().astype(float)
+        scores[name] = _weighted_mean(hits, counts)
+    return scores
 
 # %% ../../nbs/40_tasks.metrics.ipynb #031
 def top1_correct(
@@ -222,6 +227,7 @@ def top1_scores(
     present = total > 0 # a bootstrap may leave a whole split out
     return dict(top1=np.mean(correct[present]/total[present]))
 
+# %% ../../nbs/40_tasks.metrics.ipynb #15d04065
 def retrieval_correct(
     predictions: pd.DataFrame, # a row per test clip: split, label, predicted, and neighbours, a JSON list of labels
 ) -> pd.DataFrame: # as `top1_correct`, and found (bool)
@@ -313,7 +319,11 @@ def sentence_scores(
     return dict(wer=word_errors/words, cer=character_errors/characters)
 
 # %% ../../nbs/40_tasks.metrics.ipynb #043
-MEASURED = dict(active=listening_scores, within=offset_scores, matched=matching_scores, quarter=mosaic_scores) # by a column
+MEASURED = dict( # a column that no other table has -> its metrics
+    active=listening_scores,
+    within=offset_scores,
+    matched=matching_scores,
+    quarter=mosaic_scores)
 
 def task_scorer(
     table: pd.DataFrame, # a row per test clip, as from `glcm.tasks.finetune` or `glcm.tasks.localize`

@@ -37,30 +37,35 @@ class NeighbourClassifier(TaskNetwork):
         self.features.freeze(True)
         self.register_buffer('memory', torch.zeros(len(labels), self.features.channels))
 
-    def from_features(
-        self,
-        features: torch.Tensor, # (B, channels, T)
-        length: torch.Tensor | None = None, # (B,) steps of each clip; None: all T
-    ) -> torch.Tensor: # (B, channels) float32
-        "The means over time."
-        with torch.autocast(features.device.type, enabled=False):
-            return clip_mean(features.to(self.memory.dtype), length)
+# %% ../../nbs/46a_tasks.neighbours.ipynb #3a64e478
+@patch
+def from_features(
+    self: NeighbourClassifier,
+    features: torch.Tensor, # (B, channels, T)
+    length: torch.Tensor | None = None, # (B,) steps of each clip; None: all T
+) -> torch.Tensor: # (B, channels) float32
+    "The means over time."
+    with torch.autocast(features.device.type, enabled=False):
+        return clip_mean(features.to(self.memory.dtype), length)
 
-    def target(
-        self,
-        row: dict, # of a clip in the index
-    ) -> int:
-        "The number of the first training clip of this label; raises `InputError` where there is none."
-        if row['label'] not in self.labels:
-            raise InputError(f"clip {row['clip']} has the label {row['label']!r}, which no training clip has")
-        return self.labels.index(row['label'])
+@patch
+def memorise(
+    self: NeighbourClassifier,
+    features: torch.Tensor, # (training clips, channels)
+):
+    "Take the features of the training clips."
+    self.memory.copy_(F.normalize(features, dim=1))
 
-    def memorise(
-        self,
-        features: torch.Tensor, # (training clips, channels)
-    ):
-        "Take the features of the training clips."
-        self.memory.copy_(F.normalize(features, dim=1))
+# %% ../../nbs/46a_tasks.neighbours.ipynb #2c0e8663
+@patch
+def target(
+    self: NeighbourClassifier,
+    row: dict, # of a clip in the index
+) -> int:
+    "The number of the first training clip of this label; raises `InputError` where there is none."
+    if row['label'] not in self.labels:
+        raise InputError(f"clip {row['clip']} has the label {row['label']!r}, which no training clip has")
+    return self.labels.index(row['label'])
 
 # %% ../../nbs/46a_tasks.neighbours.ipynb #007
 def clip_feature(

@@ -10,6 +10,7 @@ __all__ = ['BLANK', 'BOS', 'EOS', 'CHARACTERS', 'encode_text', 'decode_text', 'p
 import math
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
@@ -93,80 +94,80 @@ class SentenceRecognizer(TaskNetwork):
         self.output = nn.Linear(size, classes) # of the decoder
         self.ctc = nn.Linear(size, classes).requires_grad_(config.ctc > 0)
 
-    def from_features(
-        self,
-        features: torch.Tensor, # (B, channels, T)
-        length: torch.Tensor | None = None, # (B,) frames of each utterance, on the CPU; None: all T
-    ) -> torch.Tensor: # (B, T, size)
-        "The encoded frames."
-        features = self.layer_sum(features).transpose(1, 2)
-        steps = features.shape[1]
-        frames = self.project(features) + positional_encoding(steps, self.config.size, features.device)
-        padding = None if length is None else ~length_mask(length, steps, features.device)
-        return self.encoder(frames, src_key_padding_mask=padding)
+# %% ../../nbs/46_tasks.sentences.ipynb #09022eaf
+@patch
+def from_features(
+    self: SentenceRecognizer,
+    features: torch.Tensor, # (B, channels, T)
+    length: torch.Tensor | None = None, # (B,) frames of each utterance, on the CPU; None: all T
+) -> torch.Tensor: # (B, T, size)
+    "The encoded frames."
+    features = self.layer_sum(features).transpose(1, 2)
+    steps = features.shape[1]
+    frames = self.project(features) + positional_encoding(steps, self.config.size, features.device)
+    padding = None if length is None else ~length_mask(length, steps, features.device)
+    return self.encoder(frames, src_key_padding_mask=padding)
 
-    def target(
-        self,
-        row: dict, # of a clip in the index
-    ) -> list[int]:
-        "A clip's sentence as numbers; raises `InputError` naming the clip."
-        try:
-            return encode_text(row['text'])
-        except InputError as e:
-            raise InputError(f"clip {row['clip']}: {e}") from None
+# %% ../../nbs/46_tasks.sentences.ipynb #2db1484a
+@patch
+def next_characters(
+    self: SentenceRecognizer,
+    frames: torch.Tensor, # (B, T, size), encoded
+    sentences: torch.Tensor, # (B, L) characters so far, the first one BOS
+    length: torch.Tensor | None = None, # (B,) frames of each utterance, on the CPU
+) -> torch.Tensor: # (B, L, characters) log-probabilities
+    "The decoder: how probable each character is as the next one, after each of the characters so far."
+    steps = sentences.shape[1]
+    positions = positional_encoding(steps, self.config.size, frames.device)
+    inputs = self.embed(sentences)*math.sqrt(self.config.size) + positions
+    later = torch.ones(steps, steps, dtype=torch.bool, device=frames.device).triu(1)
+    padding = None if length is None else ~length_mask(length, frames.shape[1], frames.device)
+    outputs = self.decoder(inputs, frames, tgt_mask=later, tgt_is_causal=True, memory_key_padding_mask=padding)
+    return self.output(outputs).log_softmax(-1)
 
-    def next_characters(
-        self,
-        frames: torch.Tensor, # (B, T, size), encoded
-        sentences: torch.Tensor, # (B, L) characters so far, the first one BOS
-        length: torch.Tensor | None = None, # (B,) frames of each utterance, on the CPU
-    ) -> torch.Tensor: # (B, L, characters) log-probabilities
-        "The decoder: how probable each character is as the next one, after each of the characters so far."
-        steps = sentences.shape[1]
-        positions = positional_encoding(steps, self.config.size, frames.device)
-        inputs = self.embed(sentences)*math.sqrt(self.config.size) + positions
-        later = torch.ones(steps, steps, dtype=torch.bool, device=frames.device).triu(1)
-        padding = None if length is None else ~length_mask(length, frames.shape[1], frames.device)
-        outputs = self.decoder(inputs, frames, tgt_mask=later, tgt_is_causal=True, memory_key_padding_mask=padding)
-        return self.output(outputs).log_softmax(-1)
+# %% ../../nbs/46_tasks.sentences.ipynb #ed6e1af8
+@patch
+def decoder_loss(self: SentenceRecognizer, frames, batch):
+    "Cross-entropy of each next character."
+    inputs, following = decoder_targets(batch['target'].to(frames.device, non_blocking=True))
+    log_p = self.next_characters(frames, inputs, batch['length'])
+    return F.nll_loss(log_p.flatten(0, 1), following.flatten(), ignore_index=-1)
 
-    def loss(
-        self,
-        frames: torch.Tensor, # (B, T, size), encoded
-        batch: dict, # with target (B, L), -1 where a sentence is over, and length (B,), both on the CPU
-        ranks: Ranks = ALONE, # processes that train together, each on its share of a batch
-    ) -> torch.Tensor: # whose mean over the ranks is the loss of the whole batch
-        "Cross-entropy of each next character, and with the weight `ctc` the CTC loss of each sentence per character."
-        weight, sentences = self.config.ctc, len(batch['target'])
-        predicted = int((batch['target'] >= 0).sum()) + sentences # characters, EOS among them
-        loss = self.decoder_loss(frames, batch)*batch_share(predicted, ranks)
-        if not weight:
-            return loss
-        return (1 - weight)*loss + weight*(self.ctc_loss(frames, batch)*batch_share(sentences, ranks))
+@patch
+def ctc_loss(self: SentenceRecognizer, frames, batch):
+    "The CTC loss of each sentence per character; it takes lengths on the CPU."
+    characters = (batch['target'] >= 0).sum(1) # of each sentence
+    target = batch['target'].to(frames.device, non_blocking=True).clamp(min=0)
+    log_p = self.ctc(frames).log_softmax(-1).transpose(0, 1)
+    return F.ctc_loss(log_p, target, batch['length'], characters, BLANK, zero_infinity=True)
 
-    def decoder_loss(self, frames, batch):
-        "Cross-entropy of each next character."
-        inputs, following = decoder_targets(batch['target'].to(frames.device, non_blocking=True))
-        log_p = self.next_characters(frames, inputs, batch['length'])
-        return F.nll_loss(log_p.flatten(0, 1), following.flatten(), ignore_index=-1)
+@patch
+def loss(
+    self: SentenceRecognizer,
+    frames: torch.Tensor, # (B, T, size), encoded
+    batch: dict, # with target (B, L), -1 where a sentence is over, and length (B,), both on the CPU
+    ranks: Ranks = ALONE, # processes that train together, each on its share of a batch
+) -> torch.Tensor: # whose mean over the ranks is the loss of the whole batch
+    "Cross-entropy of each next character, and with the weight `ctc` the CTC loss of each sentence per character."
+    weight, sentences = self.config.ctc, len(batch['target'])
+    predicted = int((batch['target'] >= 0).sum()) + sentences # characters, EOS among them
+    by_decoder = self.decoder_loss(frames, batch)*batch_share(predicted, ranks)
+    if not weight:
+        return by_decoder
+    by_ctc = self.ctc_loss(frames, batch)*batch_share(sentences, ranks)
+    return (1 - weight)*by_decoder + weight*by_ctc
 
-    def ctc_loss(self, frames, batch):
-        "The CTC loss of each sentence per character; it takes lengths on the CPU."
-        characters = (batch['target'] >= 0).sum(1) # of each sentence
-        target = batch['target'].to(frames.device, non_blocking=True).clamp(min=0)
-        log_p = self.ctc(frames).log_softmax(-1).transpose(0, 1)
-        return F.ctc_loss(log_p, target, batch['length'], characters, BLANK, zero_infinity=True)
-
-    def outputs_to_predict(self, outputs):
-        "The beam search takes the encoded frames where they are."
-        return outputs
-
-    def predict(
-        self,
-        frames: torch.Tensor, # (1, T, size) of one utterance, encoded
-    ) -> dict: # predicted
-        "The sentence of an utterance."
-        return dict(predicted=decode_text(beam_search(self, frames, self.config.beam)))
+# %% ../../nbs/46_tasks.sentences.ipynb #216f21eb
+@patch
+def target(
+    self: SentenceRecognizer,
+    row: dict, # of a clip in the index
+) -> list[int]:
+    "A clip's sentence as numbers; raises `InputError` naming the clip."
+    try:
+        return encode_text(row['text'])
+    except InputError as e:
+        raise InputError(f"clip {row['clip']}: {e}") from None
 
 # %% ../../nbs/46_tasks.sentences.ipynb #010
 def _shifted(
@@ -177,6 +178,7 @@ def _shifted(
     start = torch.full_like(x[..., :1], first)
     return torch.cat([start, x[..., :-1]], -1)
 
+# %% ../../nbs/46_tasks.sentences.ipynb #26ddd17a
 class CTCPrefixScorer:
     "The CTC probabilities of some prefixes of an utterance; at first of the empty prefix."
     def __init__(
@@ -189,33 +191,46 @@ class CTCPrefixScorer:
         self.blank = self.all_blank[None] # (n, T)
         self.last = None # (n,) last character of each prefix
 
-    def extend(self) -> torch.Tensor: # (n, characters) log-probabilities
-        "Score each prefix with each character behind it; under EOS, the prefix as the whole sentence."
-        either = torch.logaddexp(self.nonblank, self.blank)
-        prefix = either.unsqueeze(1).repeat(1, len(self.log_p), 1) # (n, characters, T): may precede each character
-        if self.last is None:
-            before = _shifted(prefix, 0) # the empty prefix is certain before the first frame
-        else: # the same character once more needs a blank between
-            prefix[torch.arange(len(prefix)), self.last] = self.blank
-            before = _shifted(prefix, -math.inf)
-        held = self.log_p.cumsum(-1) # of one character in all frames up to t
-        self.next_nonblank = held + (before - held + self.log_p).logcumsumexp(-1)
-        entered = _shifted(self.next_nonblank - self.all_blank, -math.inf)
-        entered[..., 1:] = entered[..., 1:].logcumsumexp(-1)
-        self.next_blank = self.all_blank + entered
-        scores = (before + self.log_p).logsumexp(-1)
-        scores[:, EOS] = either[:, -1]
-        return scores
+# %% ../../nbs/46_tasks.sentences.ipynb #bcdb259a
+@patch
+def _before(
+    self: CTCPrefixScorer,
+    either: torch.Tensor, # (n, T) of each prefix, its last character or a blank in frame t
+) -> torch.Tensor: # (n, characters, T)
+    "Log-probability of each prefix up to the frame before, as each character finds it."
+    prefix = either.unsqueeze(1).repeat(1, len(self.log_p), 1)
+    if self.last is None:
+        return _shifted(prefix, 0) # the empty prefix is certain before the first frame
+    rows = torch.arange(len(prefix))
+    prefix[rows, self.last] = self.blank # the same character once more needs a blank between
+    return _shifted(prefix, -math.inf)
 
-    def select(
-        self,
-        which: torch.Tensor, # (m,) numbers of prefixes
-        last: torch.Tensor, # (m,) the character that extends each
-    ):
-        "Keep these extended prefixes, after a call of `extend`."
-        self.nonblank = self.next_nonblank[which, last]
-        self.blank = self.next_blank[which, last]
-        self.last = last
+# %% ../../nbs/46_tasks.sentences.ipynb #abe2535e
+@patch
+def extend(self: CTCPrefixScorer) -> torch.Tensor: # (n, characters) log-probabilities
+    "Score each prefix with each character behind it; under EOS, the prefix as the whole sentence."
+    either = torch.logaddexp(self.nonblank, self.blank)
+    before = self._before(either)
+    held = self.log_p.cumsum(-1)
+    self.next_nonblank = held + (before - held + self.log_p).logcumsumexp(-1)
+    entered = _shifted(self.next_nonblank - self.all_blank, -math.inf)
+    entered[..., 1:] = entered[..., 1:].logcumsumexp(-1)
+    self.next_blank = self.all_blank + entered
+    scores = (before + self.log_p).logsumexp(-1)
+    scores[:, EOS] = either[:, -1]
+    return scores
+
+# %% ../../nbs/46_tasks.sentences.ipynb #6622f641
+@patch
+def select(
+    self: CTCPrefixScorer,
+    which: torch.Tensor, # (m,) numbers of prefixes
+    last: torch.Tensor, # (m,) the character that extends each
+):
+    "Keep these extended prefixes, after a call of `extend`."
+    self.nonblank = self.next_nonblank[which, last]
+    self.blank = self.next_blank[which, last]
+    self.last = last
 
 # %% ../../nbs/46_tasks.sentences.ipynb #010b
 def decoder_extensions(
@@ -229,6 +244,7 @@ def decoder_extensions(
     next_scores = recognizer.next_characters(repeated, prefixes.to(frames.device))[:, -1]
     return scores.unsqueeze(1) + next_scores.double().cpu()
 
+# %% ../../nbs/46_tasks.sentences.ipynb #95c181ab
 def best_extensions(
     scores: torch.Tensor, # (n, characters) of prefixes with a character behind them
     beam: int, # how many are kept
@@ -267,3 +283,17 @@ def beam_search(
         if weight:
             scorer.select(which, last)
     return best
+
+# %% ../../nbs/46_tasks.sentences.ipynb #1b48bcd6
+@patch
+def outputs_to_predict(self: SentenceRecognizer, outputs):
+    "The beam search takes the encoded frames where they are."
+    return outputs
+
+@patch
+def predict(
+    self: SentenceRecognizer,
+    frames: torch.Tensor, # (1, T, size) of one utterance, encoded
+) -> dict: # predicted
+    "The sentence of an utterance."
+    return dict(predicted=decode_text(beam_search(self, frames, self.config.beam)))

@@ -253,6 +253,7 @@ def _variance_between(
     total = between + (m - 1)*within
     return float(np.clip((between - within)/total, 0, 1)) if total else 0.0
 
+# %% ../../nbs/40a_tasks.statistics.ipynb #f82536b1
 def design_of(
     ours: pd.DataFrame, # clip, group, seed and right (bool): a row for each clip and seed of a pilot study
     theirs: pd.DataFrame, # of the other variant, with the same rows
@@ -266,6 +267,9 @@ def design_of(
     first = ours.assign(number=clips).drop_duplicates('number').sort_values('number')
     group = group_numbers(first)
     return PairedDesign(
-        clips=len(of_clip), groups=int(group.max()) + 1, seeds=ours['seed'].nunique(),
-        discordant=float(difference.var(ddof=0)), common=_variance_between(difference, clips),
+        clips=len(of_clip),
+        groups=int(group.max()) + 1,
+        seeds=ours['seed'].nunique(),
+        discordant=float(difference.var(ddof=0)),
+        common=_variance_between(difference, clips),
         correlation=_variance_between(of_clip, group))

@@ -17,6 +17,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 import glcm
@@ -31,7 +32,8 @@ def data_hash(
     stores: list, # `ClipStore`s
 ) -> str: # 16 hexadecimal digits
     "A name for the clips that a run is trained on."
-    return hashlib.sha256(json.dumps([store.about for store in stores], sort_keys=True).encode()).hexdigest()[:16]
+    about = json.dumps([store.about for store in stores], sort_keys=True)
+    return hashlib.sha256(about.encode()).hexdigest()[:16]
 
 # %% ../../nbs/37_training.checkpoints.ipynb #014
 def save_tensors(
@@ -66,7 +68,10 @@ def read_state(
     kind: str, # what it should be, for error messages
     **parts: type, # what it should hold
 ) -> dict: # format, and these parts
-    "The tensors and numbers in a file, on the CPU; no code in it is run. Raises `InputError` for a damaged file, or one of another kind."
+    """The tensors and numbers in a file, on the CPU; no code in it is run.
+
+    Raises `InputError` for a damaged file, or one of another kind.
+    """
     try:
         state = torch.load(path, map_location='cpu', weights_only=True)
     except Exception as e:
@@ -76,6 +81,7 @@ def read_state(
         raise InputError(f'{path} is not a {kind} of glcm')
     return state
 
+# %% ../../nbs/37_training.checkpoints.ipynb #7042b285
 def with_weights(
     network: nn.Module,
     weights: dict, # name -> tensor
@@ -98,6 +104,7 @@ def read_checkpoint(
         raise InputError(f'no checkpoint {path}: pretrain first (`dvc repro pretrain`)')
     return read_state(path, 'checkpoint', config=dict, data=str, step=int, model=dict)
 
+# %% ../../nbs/37_training.checkpoints.ipynb #7c990bdf
 def model_from(
     state: dict, # config, model and perhaps trained, as in a checkpoint
     path: str | Path, # where it is from, for error messages
@@ -118,24 +125,33 @@ def load_model(
     return model_from(read_checkpoint(path), path)
 
 # %% ../../nbs/37_training.checkpoints.ipynb #020
+def _imports(
+    path: Path, # a source of this package
+) -> list[Path]: # some of which do not exist: a name may be that of a module or of what is in one
+    "The sources that a source may import from this package."
+    found = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.level > 0: # within the package
+            target = path.parents[node.level - 1].joinpath(*(node.module or '').split('.'))
+            found.append(target.with_suffix('.py'))
+            found += [target/f'{alias.name}.py' for alias in node.names]
+    return found
+
 def imported_files(
     module: str, # of this package, such as 'training.pretrain'
 ) -> list[Path]: # sorted
     "The source of a module, and those of all modules of this package that it imports, directly or not."
     package = Path(glcm.__path__[0])
-    found, waiting = set(), [package.joinpath(*module.split('.')).with_suffix('.py')]
+    found = set()
+    waiting = [package.joinpath(*module.split('.')).with_suffix('.py')]
     while waiting:
         path = waiting.pop()
-        if path in found or not path.exists():
-            continue
-        found.add(path)
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.ImportFrom) and node.level > 0: # within the package
-                target = path.parents[node.level - 1].joinpath(*(node.module or '').split('.'))
-                waiting.append(target.with_suffix('.py'))
-                waiting += [target/f'{alias.name}.py' for alias in node.names]
+        if path not in found and path.exists():
+            found.add(path)
+            waiting += _imports(path)
     return sorted(found)
 
+# %% ../../nbs/37_training.checkpoints.ipynb #3bdddf45
 def code_hash(
     module: str, # of this package
 ) -> str: # 16 hexadecimal digits
@@ -145,8 +161,9 @@ def code_hash(
 
 def code_version() -> dict: # code: a hash of the modules that pretraining runs; commit: of git, where there is one
     "Which code is running."
+    command = ['git', '-C', glcm.__path__[0], 'rev-parse', '--short=12', 'HEAD']
     try:
-        commit = subprocess.run(['git', '-C', glcm.__path__[0], 'rev-parse', '--short=12', 'HEAD'], capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = '' # no git here
     return dict(code=code_hash('training.pretrain'), commit=commit or 'no commit')
@@ -167,11 +184,17 @@ def differences(
 ) -> list[str]: # 'name: value then, value now', one for each that differs
     "What has changed; the commit is only reported along with the code."
     then, now = _flat(then), _flat(now)
-    changed = [name for name in sorted(then | now)
-               if name != 'commit' and then.get(name, 'absent') != now.get(name, 'absent')]
+    changed = []
+    for name in sorted(then | now):
+        if name != 'commit' and then.get(name, 'absent') != now.get(name, 'absent'):
+            changed.append(name)
     if 'code' in changed and 'commit' in now:
         changed.append('commit')
-    return [f"{name.removeprefix('config.')}: {then.get(name, 'absent')} then, {now.get(name, 'absent')} now" for name in changed]
+    lines = []
+    for name in changed:
+        values = f"{then.get(name, 'absent')} then, {now.get(name, 'absent')} now"
+        lines.append(f"{name.removeprefix('config.')}: {values}")
+    return lines
 
 # %% ../../nbs/37_training.checkpoints.ipynb #022
 class StateFolder:
@@ -190,38 +213,44 @@ class StateFolder:
         "Its files, the newest first."
         return sorted(self.folder.glob(f'{self.kind}-*.pt'), reverse=True)
 
-    def newest(self) -> tuple[dict | None, Path | None]: # None: no file can be read
-        "The newest state that can be read, and its file."
-        for path in self.saved():
-            try:
-                return read_state(path, self.kind, **self.parts), path
-            except InputError as e:
-                print(f'{e}: trying the one before it')
-        return None, None
+# %% ../../nbs/37_training.checkpoints.ipynb #8030369b
+@patch
+def newest(self: StateFolder) -> tuple[dict | None, Path | None]: # None: no file can be read
+    "The newest state that can be read, and its file."
+    for path in self.saved():
+        try:
+            return read_state(path, self.kind, **self.parts), path
+        except InputError as e:
+            print(f'{e}: trying the one before it')
+    return None, None
 
-    def changes(self, state: dict) -> list[str]:
-        "What differs between the run of a state and this one, as `differences` words it."
-        return differences({name: state.get(name) for name in self.about}, self.about)
+@patch
+def changes(self: StateFolder, state: dict) -> list[str]:
+    "What differs between the run of a state and this one, as `differences` words it."
+    return differences({name: state.get(name) for name in self.about}, self.about)
 
-    def save(
-        self,
-        number: int, # of the state: grows in the course of a run
-        content: dict, # tensors and numbers
-    ):
-        "Write a state, whole or not at all; of the others the one before it is kept."
-        newest = self.folder/f'{self.kind}-{number:09}.pt'
-        save_tensors(newest, dict(format=1) | self.about | content)
-        older = [path for path in self.saved() if path.name < newest.name]
-        for path in set(self.saved()) - {newest, *older[:1]}: # a damaged one with a higher number is among them
-            path.unlink()
+# %% ../../nbs/37_training.checkpoints.ipynb #ae7b2fd8
+@patch
+def save(
+    self: StateFolder,
+    number: int, # of the state: grows in the course of a run
+    content: dict, # tensors and numbers
+):
+    "Write a state, whole or not at all; of the others the one before it is kept."
+    newest = self.folder/f'{self.kind}-{number:09}.pt'
+    save_tensors(newest, dict(format=1) | self.about | content)
+    older = [path for path in self.saved() if path.name < newest.name]
+    for path in set(self.saved()) - {newest, *older[:1]}: # a damaged one with a higher number is among them
+        path.unlink()
 
-    def remove(self):
-        "Remove the states, what was half written, and the folder if nothing else is in it."
-        for path in self.saved():
-            path.unlink()
-        remove_partials(self.folder) # of a process that was killed while writing
-        if self.folder.exists() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+@patch
+def remove(self: StateFolder):
+    "Remove the states, what was half written, and the folder if nothing else is in it."
+    for path in self.saved():
+        path.unlink()
+    remove_partials(self.folder) # of a process that was killed while writing
+    if self.folder.exists() and not any(self.folder.iterdir()):
+        self.folder.rmdir()
 
 # %% ../../nbs/37_training.checkpoints.ipynb #022d
 class Resume:
@@ -238,53 +267,64 @@ class Resume:
         self.about = dict(config=asdict(config), data=data, ranks=ranks) | code_version()
         self.states = StateFolder(folder, 'checkpoint', self.about, config=dict, data=str, step=int, model=dict)
 
-    def restore(
-        self,
-        network: Pretext, # both get the state of the
-        optimizer: torch.optim.Optimizer, # newest good checkpoint
-    ) -> list[dict]: # losses of the steps done; empty where there is no checkpoint
-        "Load what an interrupted run has left; raises `InputError` if that was another run, or if no file is good."
-        if not self.states.saved():
-            return []
-        state, path = self.states.newest()
-        if state is None:
-            raise InputError(f'no checkpoint in {self.folder} can be read: delete that folder to restart')
-        self.check(state, path)
-        weights = {f'model.{name}': tensor for name, tensor in state['model'].items()}
-        with_weights(network, weights | state['pretext'], path)
-        optimizer.load_state_dict(state['optimizer'])
-        for group in optimizer.param_groups:
-            group['weight_decay'] = self.config.pretrain.weight_decay # it may have been changed
-        return [dict(step=step) | dict(zip(self.config.columns, row)) for step, row in enumerate(state['history'].tolist())]
+# %% ../../nbs/37_training.checkpoints.ipynb #a7dfb4f2
+@patch
+def restore(
+    self: Resume,
+    network: Pretext, # both get the state of the
+    optimizer: torch.optim.Optimizer, # newest good checkpoint
+) -> list[dict]: # losses of the steps done; empty where there is no checkpoint
+    "Load what an interrupted run has left; raises `InputError` if that was another run, or if no file is good."
+    if not self.states.saved():
+        return []
+    state, path = self.states.newest()
+    if state is None:
+        raise InputError(f'no checkpoint in {self.folder} can be read: delete that folder to restart')
+    self.check(state, path)
+    weights = {f'model.{name}': tensor for name, tensor in state['model'].items()}
+    with_weights(network, weights | state['pretext'], path)
+    optimizer.load_state_dict(state['optimizer'])
+    for group in optimizer.param_groups:
+        group['weight_decay'] = self.config.pretrain.weight_decay # it may have been changed
+    rows = enumerate(state['history'].tolist())
+    return [dict(step=step) | dict(zip(self.config.columns, row)) for step, row in rows]
 
-    def check(self, state, path):
-        "Raise `InputError` with the differences unless `state` was made by this configuration, data and code."
-        changed = self.states.changes(state)
-        if not changed:
-            return
-        message = f'{path} is of another run:\n  ' + '\n  '.join(changed)
-        if not self.accept_changes:
-            raise InputError(f'{message}\nResume from it all the same by machine.accept_changes: true, '
-                             f'or delete {self.folder} to restart')
-        print(message)
+# %% ../../nbs/37_training.checkpoints.ipynb #63d20a6d
+@patch
+def check(self: Resume, state, path):
+    "Raise `InputError` with the differences unless `state` was made by this configuration, data and code."
+    changed = self.states.changes(state)
+    if not changed:
+        return
+    message = f'{path} is of another run:\n  ' + '\n  '.join(changed)
+    if not self.accept_changes:
+        raise InputError(f'{message}\nResume from it all the same by machine.accept_changes: true, '
+                         f'or delete {self.folder} to restart')
+    print(message)
 
-    def save(
-        self,
-        history: list[dict], # losses of the steps done
-        network: Pretext,
-        optimizer: torch.optim.Optimizer,
-    ):
-        "Keep the state after these steps, and one of the older states."
-        rows = torch.tensor([[row[name] for name in self.config.columns] for row in history], dtype=torch.float64)
-        weights = dict(model=network.model.state_dict(), pretext=network.state(), trained=list(self.config.trained))
-        content = dict(step=len(history), optimizer=optimizer.state_dict(), history=rows)
-        self.states.save(len(history), content | weights)
+# %% ../../nbs/37_training.checkpoints.ipynb #0d10034d
+@patch
+def save(
+    self: Resume,
+    history: list[dict], # losses of the steps done
+    network: Pretext,
+    optimizer: torch.optim.Optimizer,
+):
+    "Keep the state after these steps, and one of the older states."
+    rows = []
+    for row in history:
+        rows.append([row[name] for name in self.config.columns])
+    weights = dict(model=network.model.state_dict(), pretext=network.state(), trained=list(self.config.trained))
+    numbers = torch.tensor(rows, dtype=torch.float64)
+    content = dict(step=len(history), optimizer=optimizer.state_dict(), history=numbers)
+    self.states.save(len(history), content | weights)
 
-    def remove(self):
-        "Remove what this class has written, and the folder if nothing else is in it."
-        for name in ('steps.csv', 'params.yaml'):
-            (self.folder/name).unlink(missing_ok=True)
-        self.states.remove()
+@patch
+def remove(self: Resume):
+    "Remove what this class has written, and the folder if nothing else is in it."
+    for name in ('steps.csv', 'params.yaml'):
+        (self.folder/name).unlink(missing_ok=True)
+    self.states.remove()
 
 # %% ../../nbs/37_training.checkpoints.ipynb #028
 def run_hash(
@@ -292,4 +332,5 @@ def run_hash(
     data: str, # hash of the clips
 ) -> str: # 16 hexadecimal digits
     "A name for a run that changes with its configuration and with its data."
-    return hashlib.sha256(json.dumps([asdict(config), data], sort_keys=True).encode()).hexdigest()[:16]
+    about = json.dumps([asdict(config), data], sort_keys=True)
+    return hashlib.sha256(about.encode()).hexdigest()[:16]

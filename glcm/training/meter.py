@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch.profiler import profile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -49,30 +50,36 @@ class StepMeter:
         self.steps.append(self.spans)
         self.spans = []
 
-    def _now(self):
-        "The current time: a number of seconds, or an event in the GPU's queue."
-        if self.device.type != 'cuda':
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+# %% ../../nbs/38_training.meter.ipynb #bfd41a39
+@patch
+def _now(self: StepMeter):
+    "The current time: a number of seconds, or an event in the GPU's queue."
+    if self.device.type != 'cuda':
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
-    def _elapsed(self, start, end) -> float:
-        "Milliseconds between two times."
-        if self.device.type == 'cuda':
-            return start.elapsed_time(end)
-        return 1000*(end - start)
+@patch
+def _elapsed(self: StepMeter, start, end) -> float:
+    "Milliseconds between two times."
+    if self.device.type == 'cuda':
+        return start.elapsed_time(end)
+    return 1000*(end - start)
 
-    def milliseconds(self) -> dict: # part -> milliseconds; the whole step is called step
-        "The median time of each part; waits for the device."
-        if self.device.type == 'cuda':
-            torch.cuda.synchronize()
-        rows = [(step, part, self._elapsed(start, end))
-                for step, spans in enumerate(self.steps)
-                for part, start, end in spans]
-        times = pd.DataFrame(rows, columns=['step', 'part', 'time'])
-        per_step = times.groupby(['step', 'part'], sort=False).time.sum()
-        return per_step.groupby('part', sort=False).median().to_dict()
+# %% ../../nbs/38_training.meter.ipynb #59578870
+@patch
+def milliseconds(self: StepMeter) -> dict: # part -> milliseconds; the whole step is called step
+    "The median time of each part; waits for the device."
+    if self.device.type == 'cuda':
+        torch.cuda.synchronize()
+    rows = []
+    for step, spans in enumerate(self.steps):
+        for part, start, end in spans:
+            rows.append((step, part, self._elapsed(start, end)))
+    times = pd.DataFrame(rows, columns=['step', 'part', 'time'])
+    per_step = times.groupby(['step', 'part'], sort=False).time.sum()
+    return per_step.groupby('part', sort=False).median().to_dict()
 
 # %% ../../nbs/38_training.meter.ipynb #009
 def clip_teraflops(
@@ -139,7 +146,7 @@ def expected_duration(
     minutes = max(1, round(steps*seconds/60))
     return f'{seconds:.2g} s a step: about {minutes} minutes for the remaining {steps} steps'
 
-# %% ../../nbs/38_training.meter.ipynb #c020
+# %% ../../nbs/38_training.meter.ipynb #6f865575
 def _event_writer(
     folder: Path, # for TensorBoard's files
     start: int, # step that comes next; events from there on are of an interrupted run, and are hidden
@@ -151,6 +158,7 @@ def _event_writer(
         raise InputError("machine.tensorboard needs TensorBoard: pip install 'glcm[live]'") from None
     return SummaryWriter(folder, purge_step=start)
 
+# %% ../../nbs/38_training.meter.ipynb #c020
 class StepLog:
     "The losses of each step, written while the run goes on."
     def __init__(
@@ -165,21 +173,24 @@ class StepLog:
         with atomic_path(path) as rewritten:
             pd.DataFrame(history, columns=self.columns).to_csv(rewritten, index=False)
 
-    def add(
-        self,
-        row: dict, # step, losses and lr
-    ):
-        "Write one step."
-        with open(self.path, 'a', encoding='utf-8', newline='') as file:
-            csv.writer(file, lineterminator='\n').writerow([row[name] for name in self.columns])
-        if self.writer:
-            for name in self.columns[1:]:
-                self.writer.add_scalar(name, row[name], row['step'])
+# %% ../../nbs/38_training.meter.ipynb #f5b1d393
+@patch
+def add(
+    self: StepLog,
+    row: dict, # step, losses and lr
+):
+    "Write one step."
+    with open(self.path, 'a', encoding='utf-8', newline='') as file:
+        csv.writer(file, lineterminator='\n').writerow([row[name] for name in self.columns])
+    if self.writer:
+        for name in self.columns[1:]:
+            self.writer.add_scalar(name, row[name], row['step'])
 
-    def close(self):
-        "Write what TensorBoard's writer still holds."
-        if self.writer:
-            self.writer.close()
+@patch
+def close(self: StepLog):
+    "Write what TensorBoard's writer still holds."
+    if self.writer:
+        self.writer.close()
 
 # %% ../../nbs/38_training.meter.ipynb #c024
 @contextmanager

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BFLOAT16_ISA', 'learning_rate', 'has_bfloat16', 'reduced_precision', 'tune_gpu', 'decay_groups', 'split_views',
            'forward_part', 'forward_detached', 'backward_parts', 'no_meter', 'pretext_of', 'compute_gradients',
-           'Diverged', 'check_finite', 'begin_step', 'training_step']
+           'Diverged', 'check_finite', 'begin_step', 'mean_over_ranks', 'training_step']
 
 # %% ../../nbs/39_training.step.ipynb #002
 import math
@@ -98,6 +98,7 @@ def split_views(
     chunks = {name: view.chunk(count) for name, view in views.items()}
     return [dict(zip(chunks, part)) for part in zip(*chunks.values())]
 
+# %% ../../nbs/39_training.step.ipynb #06da49e4
 def forward_part(
     network: torch.nn.Module, # a `Pretext`, perhaps wrapped
     views: dict, # of some clips
@@ -155,6 +156,7 @@ def pretext_of(
     "The pretext, without what wraps it."
     return network.module if isinstance(network, DistributedDataParallel) else network
 
+# %% ../../nbs/39_training.step.ipynb #48973839
 def compute_gradients(
     network: torch.nn.Module, # a `Pretext`, perhaps wrapped; its parameters get the gradients
     views: dict, # of this rank's clips, after `before_step`
@@ -206,6 +208,20 @@ def begin_step(
     with torch.no_grad(), reduced_precision(device, pretext.run.pretrain.precision):
         return pretext.before_step(views, batch['clip'], step, ranks)
 
+# %% ../../nbs/39_training.step.ipynb #32395bd8
+def mean_over_ranks(
+    network: nn.Module, # with gradients
+    losses: dict, # name -> scalar, of this rank
+    stop: bool, # whether this rank was asked to end
+    ranks: Ranks,
+) -> tuple[dict, bool]: # losses and gradient_norm, their means over the ranks; whether any rank was asked to end
+    "The numbers of a step on the CPU, which waits for the device here and nowhere else in a step."
+    norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
+    local = [loss.detach() for loss in losses.values()] + [norm, torch.full_like(norm, float(stop))]
+    *values, stopping = ranks.mean(torch.stack(local)).tolist()
+    return dict(zip([*losses, 'gradient_norm'], values)), stopping > 0
+
+# %% ../../nbs/39_training.step.ipynb #bdb9ce68
 def training_step(
     network: Pretext | DistributedDataParallel,
     optimizer: torch.optim.Optimizer,
@@ -224,13 +240,10 @@ def training_step(
     with meter('forward'):
         views = begin_step(pretext_of(network), batch, step, ranks)
     losses, outputs = compute_gradients(network, views, config, ranks, meter)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in network.parameters() if p.grad is not None])
-    local = [loss.detach() for loss in losses.values()] + [norm, torch.full_like(norm, float(stop))]
-    *values, stopping = ranks.mean(torch.stack(local)).tolist() # the CPU waits for the device here, and nowhere else in a step
-    values = dict(zip([*losses, 'gradient_norm'], values))
+    values, stopping = mean_over_ranks(network, losses, stop, ranks)
     check_finite(values, step, batch['clip'], ranks)
     values.pop('gradient_norm')
     with meter('optimizer'), torch.no_grad():
         optimizer.step()
         pretext_of(network).after_step(outputs, views, ranks)
-    return values | dict(lr=lr, stop=stopping > 0)
+    return values | dict(lr=lr, stop=stopping)
