@@ -3,12 +3,14 @@ import shutil
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 from glcm.core import generator, parse, read_params
 from glcm.data.shards import ClipStore
 from glcm.data.planes import to_rgb
-from glcm.data.views import (TrainingViews, ViewConfig, clip_views, overlap, prepare_inputs, training_batches,
-                             training_clips)
+from glcm.data.views import (
+    StepSampler, TrainingViews, ViewConfig, clip_views, loader_options, overlap, prepare_inputs, training_batches,
+    training_clips)
 from glcm.model import Embeddings
 from glcm.testing import tiny_clips
 
@@ -41,6 +43,20 @@ def test_clips_and_views_without_copies(folders):
             planes, mel, shift = clip_views(store, i, CONFIG, generator(3, 'views', epoch, k))
             assert batch['clip'][b] == store.clips[i]['clip'] and batch['shift'][b] == shift
             assert torch.equal(batch['planes'][b], planes) and torch.equal(batch['mel'][b], mel)
+
+
+def test_processes_that_load_for_a_gpu_are_not_forked_from_this_one(folders, monkeypatch):
+    "They come from a server, and give the same batches."
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    options = loader_options(1)
+    assert options['pin_memory'] and options['multiprocessing_context'].get_start_method() == 'forkserver'
+    monkeypatch.undo()
+    assert loader_options(1) == dict(num_workers=1, pin_memory=False)
+    views = TrainingViews(training_clips([ClipStore(folders/'avspeech')]), CONFIG, seed=0)
+    expected = list(training_batches(views, batch=2, steps=2))
+    loader = DataLoader(views, batch_sampler=StepSampler(len(views), 2, 2, seed=0), **options | dict(pin_memory=False))
+    for ours, theirs in zip(expected, loader, strict=True):
+        assert torch.equal(ours['planes'], theirs['planes']) and torch.equal(ours['mel'], theirs['mel'])
 
 
 def record_reads(store, reads):

@@ -6,9 +6,10 @@
 __all__ = ['MEL_CENTRE', 'MEL_SCALE', 'ViewConfig', 'split_planes', 'crop_planes', 'flip_planes', 'crop_start', 'augment',
            'view_start', 'spare_frames', 'read_frames', 'clip_views', 'take_steps', 'overlap', 'scale_mel',
            'prepare_inputs', 'ExtraViews', 'second_start', 'second_sound', 'without_repetition', 'StepSampler',
-           'recordings_of', 'training_clips', 'TrainingViews', 'training_batches']
+           'recordings_of', 'training_clips', 'TrainingViews', 'loader_options', 'training_batches']
 
 # %% ../../nbs/23_data.views.ipynb #002
+import multiprocessing
 from dataclasses import dataclass
 from itertools import count, islice
 from typing import Annotated, Literal
@@ -374,6 +375,18 @@ class TrainingViews(Dataset):
             views |= second_sound(store, i, start + shift, self.config, self.extra, rng)
         return views
 
+# %% ../../nbs/23_data.views.ipynb #023z
+def loader_options(
+    workers: int, # loader processes; 0: load in this process
+) -> dict: # arguments of `DataLoader`
+    "How batches are loaded, for the devices of this machine."
+    options = dict(num_workers=workers, pin_memory=torch.cuda.is_available())
+    if workers and torch.cuda.is_available():
+        context = multiprocessing.get_context('forkserver')
+        context.set_forkserver_preload(['glcm.data.views'])
+        options['multiprocessing_context'] = context
+    return options
+
 # %% ../../nbs/23_data.views.ipynb #024
 def training_batches(
     views: TrainingViews, # where the views come from
@@ -386,5 +399,4 @@ def training_batches(
 ) -> DataLoader: # of dicts: planes (B, T, 3h/2, w) uint8, mel (B, F, N) float32, shift (B,), clip; `extra`'s views
     "The batches of training steps `start` to `steps`; the same for any number of workers."
     sampler = StepSampler(len(views), batch, steps, views.seed, start, rank, ranks)
-    return DataLoader(views, batch_sampler=sampler, num_workers=workers, collate_fn=default_collate,
-                      pin_memory=torch.cuda.is_available(), persistent_workers=False)
+    return DataLoader(views, batch_sampler=sampler, collate_fn=default_collate, **loader_options(workers))

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..core import InputError, generator
 from ..data.shards import ClipStore, columns_until
-from ..data.views import MEL_CENTRE, crop_planes, flip_planes
+from ..data.views import MEL_CENTRE, crop_planes, flip_planes, loader_options
 from .config import TaskConfig
 
 # %% ../../nbs/43_tasks.windows.ipynb #005
@@ -193,5 +193,4 @@ def window_batches(
     workers: int = 0, # loader processes; 0: load in this one
 ) -> DataLoader: # of dictionaries, as from `collate_windows`
     "The batches of these keys, in their order."
-    return DataLoader(windows, batch_sampler=keys, collate_fn=collate_windows, num_workers=workers,
-                      pin_memory=torch.cuda.is_available())
+    return DataLoader(windows, batch_sampler=keys, collate_fn=collate_windows, **loader_options(workers))
