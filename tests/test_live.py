@@ -1,12 +1,13 @@
 """A run can be followed while it lasts: steps.csv, TensorBoard's files and traces of single steps."""
 import json
+import re
 import sys
 
 import pandas as pd
 import pytest
 
 import glcm.training.pretrain as module
-from glcm.core import InputError, parse
+from glcm.core import InputError, override, parse
 from glcm.testing import tiny_clips, tiny_params
 from glcm.training.config import MachineConfig, run_config
 
@@ -40,6 +41,15 @@ def test_steps_grow_and_chosen_steps_are_traced(clips, tmp_path, monkeypatch):
     names = {event.get('name') for event in json.loads(traces[0].read_text())['traceEvents']}
     assert any('convolution_backward' in str(name) for name in names)
     assert not (tmp_path/'resume').exists()
+
+
+def test_after_ten_steps_a_line_says_how_long_the_others_take(clips, tmp_path, capsys):
+    params = override(tiny_params(), dict(pretrain=dict(steps=12)), 'the test')
+    machine = parse(MachineConfig, params['machine'], 'machine')
+    module.train(run_config(params, 'glcm', 0), machine, clips, tmp_path/'glcm-0', tmp_path/'resume')
+    lines = [line.split('\r')[-1] for line in capsys.readouterr().out.split('\n')] # what a terminal shows
+    said, = [line for line in lines if 'remaining' in line]
+    assert re.fullmatch(r'\S+ s a step: about \d+ minutes for the remaining 2 steps', said)
 
 
 def test_tensorboard_has_the_losses_of_each_step(clips, tmp_path, monkeypatch):

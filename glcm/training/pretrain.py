@@ -278,7 +278,7 @@ class Trainer:
         self.bar.set_postfix_str(' '.join(parts), refresh=False)
         self.log.add(losses)
         if done - self.start == 10:
-            print(expected_duration(self.meter, self.config.pretrain.steps - done))
+            self.bar.write(expected_duration(self.meter, self.config.pretrain.steps - done))
         due = time.monotonic() - self.saved_at > 60*self.machine.checkpoint_minutes
         if due or stopping:
             self.checkpoints.save(self.history, self.pretext, self.optimizer)
@@ -291,7 +291,7 @@ class Trainer:
         if self.ranks.size > 1:
             steps = len(self.history) - self.start
             sent = self.gradient_bytes + (self.ranks.sent - self.sent_before)/steps
-        print(step_report(self.meter, self.config.pretrain.batch, self.teraflops, sent))
+        self.bar.write(step_report(self.meter, self.config.pretrain.batch, self.teraflops, sent))
 
     def _stop(self, stop_requests):
         "Raise `Stopped` when the first process has written."
