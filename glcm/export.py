@@ -51,10 +51,11 @@ def _metrics_table(
     if metrics.empty:
         return 'Nothing has been measured with it.'
     names = ['this model', *(VARIANT_NAMES.get(name, name) for name in metrics.columns[1:])]
-    lines = [f'| measured | {" | ".join(names)} |', '|---|' + '--:|'*len(names)]
+    lines = [f'| measured, in percent | {" | ".join(names)} |', '|---|' + '--:|'*len(names)]
     for metric, values in metrics.iterrows():
-        numbers = ' | '.join(f'{value:g}' for value in values)
-        lines.append(f'| {METRIC_NAMES.get(metric, metric)} | {numbers} |')
+        if metric in METRIC_NAMES:
+            numbers = ' | '.join(f'{100*value:.1f}' for value in values)
+            lines.append(f'| {METRIC_NAMES[metric]} | {numbers} |')
     return '\n'.join(lines)
 
 # %% ../nbs/61_export.ipynb #005d

@@ -40,11 +40,11 @@ def _death_message(notebook: Path) -> str:
     "What may have happened to the process of a notebook, and what to do."
     return f'''The stage {notebook.stem!r} ({notebook}) ended without an error message:
 its process was killed, or crashed inside of a library.
-* Killed for memory? Then the system's log has a line about it. Lower pretrain.batch or raise pretrain.accumulate,
-  and close other programs.
+* Killed for memory? Then the system's log has a line about it. Close other programs, and lower the batch: of
+  pretraining pretrain.batch (or raise pretrain.accumulate), of a task finetune.TASK.batch.
 * Crashed? Then a line "Fatal Python error" stands above. Some processors compute wrongly in some instructions:
-  set pretrain.precision: float32 in params.yaml, or limit the instructions with ONEDNN_MAX_CPU_ISA=AVX2 in the
-  environment.
+  set pretrain.precision, or of a task finetune.TASK.precision, to float32 in params.yaml, or limit the instructions
+  with ONEDNN_MAX_CPU_ISA=AVX2 in the environment.
 Then call the same command again: finished stages are kept, and training resumes from its last checkpoint.'''
 
 # %% ../nbs/62_stage.ipynb #007b
