@@ -265,12 +265,12 @@ def _rejections(
     layout = ''
     if 'expected' in listed.attrs:
         layout = f"; expected: {listed.attrs['expected']}"
-    named = []
-    for clip, reason, detail in rows:
+    details = []
+    for _, reason, detail in rows:
         if reason == 'missing file':
             detail += layout
-        named.append([clip, reason, printable(detail)])
-    return pd.DataFrame(named, columns=['clip', 'reason', 'detail'])
+        details.append(printable(detail))
+    return pd.DataFrame(rows, columns=['clip', 'reason', 'detail']).assign(detail=details)
 
 # %% ../../nbs/22_data.preprocess.ipynb #021
 REMEDIES = { # for each reason
