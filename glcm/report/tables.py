@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['MEASURED_FILES', 'PREDICTION_TEXTS', 'MAIN_METRICS', 'TASK_COLUMNS', 'BASE_SETTINGS', 'PRETRAINED_TASKS',
            'MEASURE_COLUMNS', 'PAIR_COLUMNS', 'DIFFERENCE_COLUMNS', 'VARIANT_NAMES', 'METRIC_NAMES', 'TASK_NAMES',
-           'SETTING_NAMES', 'TOO_FEW_GROUPS', 'CHOICE_COLUMNS', 'CHOICE_HEADINGS', 'TABLE_TITLES', 'INPUT_NAMES',
-           'PAPER_COLUMNS', 'GROUP_NAMES', 'SYSTEM_COLUMNS', 'check_run', 'read_localization', 'read_predictions',
-           'pretrained_metrics', 'baseline_metrics', 'all_predictions', 'input_name', 'share_of_labels', 'task_metrics',
-           'base_variant', 'comparisons', 'all_localization', 'measured_scores', 'variant_differences',
-           'markdown_table', 'mean_and_range', 'metric_text', 'difference_text', 'row_name', 'column_headings',
-           'tasks_table', 'all_choices', 'choices_table', 'pair_name', 'pairs_table', 'differences_table',
-           'pretraining_gain', 'summary_table', 'write_between_markers', 'study_table', 'write_tables', 'read_reported',
-           'read_layout', 'with_arrow', 'scores_of_cell', 'paper_table', 'inputs_and_clips', 'footnotes',
-           'other_systems', 'paper_tables']
+           'SETTING_NAMES', 'TOO_FEW_GROUPS', 'CHOICE_COLUMNS', 'CHOICE_HEADINGS', 'README_METRICS', 'TABLE_TITLES',
+           'INPUT_NAMES', 'PAPER_COLUMNS', 'GROUP_NAMES', 'SYSTEM_COLUMNS', 'check_run', 'read_localization',
+           'read_predictions', 'pretrained_metrics', 'baseline_metrics', 'all_predictions', 'input_name',
+           'share_of_labels', 'task_metrics', 'base_variant', 'comparisons', 'all_localization', 'measured_scores',
+           'variant_differences', 'markdown_table', 'mean_and_range', 'metric_text', 'difference_text', 'row_name',
+           'column_headings', 'tasks_table', 'all_choices', 'choices_table', 'pair_name', 'pairs_table',
+           'differences_table', 'pretraining_gain', 'summary_table', 'write_between_markers', 'study_table',
+           'write_tables', 'read_reported', 'read_layout', 'with_arrow', 'scores_of_cell', 'paper_table',
+           'inputs_and_clips', 'footnotes', 'other_systems', 'paper_tables']
 
 # %% ../../nbs/51_report.tables.ipynb #002
 import math
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -470,14 +471,18 @@ def pretraining_gain(
     return f'{about}: {"; ".join(parts)}.'
 
 # %% ../../nbs/51_report.tables.ipynb #044
+README_METRICS = [ # that the README shows; a study's page has all of them
+    'pointing', 'ciou_50', 'ciou_median', 'synchronisation', 'synchronisation_shifted', 'offset', 'matching', 'listening']
+
 def summary_table(
     folder: str | Path, # of a study, with metrics.csv and baselines.csv, perhaps differences.csv
+    metrics: Iterable[str] = METRIC_NAMES, # columns, where they were measured
 ) -> str: # Markdown, in percent
     "The metrics of every variant and baseline of a study, and the gain of pretraining."
     folder = Path(folder)
     table = pd.concat([pd.read_csv(folder/'metrics.csv'), pd.read_csv(folder/'baselines.csv')])
     measured = table.columns[table.notna().any()]
-    columns = {name: text for name, text in METRIC_NAMES.items() if name in measured}
+    columns = {name: METRIC_NAMES[name] for name in metrics if name in measured}
     rows = []
     for variant, own in table.groupby('variant', sort=False):
         cells = {name: mean_and_range(own[name]) for name in columns}
@@ -521,7 +526,7 @@ def study_table(
 ) -> str | None: # Markdown; None where the study has not measured it, or in an older form
     "One of a study's tables."
     if kind == 'localization':
-        return summary_table(folder) if (folder/'metrics.csv').exists() else None
+        return summary_table(folder, README_METRICS) if (folder/'metrics.csv').exists() else None
     if kind == 'tasks':
         scores = _read_if_complete(folder/'tasks.csv', TASK_COLUMNS)
         return None if scores is None else tasks_table(scores)
