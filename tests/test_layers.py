@@ -57,13 +57,14 @@ def test_logits_are_those_of_a_sum_by_hand():
     with torch.no_grad():
         logits = network(video, None)
         weights = network.layer_sum.weights.exp()
-        expected, start = network.head.bias.expand(2, 3).clone(), 0
+        expected = network.head.bias.expand(2, 3).clone()
+        start = 0 # of the layer's channels
         for weight, means in zip(weights, means_by_hand(model, video), strict=True):
-            stop = start + means.shape[1]
-            mean, var = network.norm.running_mean[start:stop], network.norm.running_var[start:stop]
-            normalised = (means - mean)/(var + network.norm.eps).sqrt()
-            expected += weight/weights.sum()*normalised @ network.head.weight[:, start:stop].T
-            start = stop
+            own = slice(start, start + means.shape[1])
+            scale = (network.norm.running_var[own] + network.norm.eps).sqrt()
+            normalised = (means - network.norm.running_mean[own])/scale
+            expected += weight/weights.sum()*normalised @ network.head.weight[:, own].T
+            start = own.stop
     assert start == network.head.in_features
     torch.testing.assert_close(logits, expected, rtol=1e-9, atol=1e-9)
 
@@ -74,17 +75,25 @@ def test_sound_is_the_mean_over_the_slices_of_each_layer():
     mel = torch.randn(2, run.model.bands, 96, dtype=torch.double)
     with torch.no_grad():
         found = features(None, mel).mean(2)
-        expected = torch.cat([output.mean(2) for output in outputs_by_hand(model.audio_encoder, mel)], 1)
+        means = [output.mean(2) for output in outputs_by_hand(model.audio_encoder, mel)]
+        expected = torch.cat(means, 1)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
 
 
 def changed_by_training(network, films):  # noqa: F811
     "Names of the parameters and buffers that a training changes."
     before = {name: value.clone() for name, value in network.state_dict().items()}
-    train = [i for i, row in enumerate(films.clips) if row['split'] == 'train']
-    targets = {i: network.target(films.clips[i]) for i in train}
-    fit(network, LabelledWindows(films, targets, network.config, 56, 0), train, seed=0)
-    return {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
+    targets = {}
+    for i, row in enumerate(films.clips):
+        if row['split'] == 'train':
+            targets[i] = network.target(row)
+    windows = LabelledWindows(films, targets, network.config, 56, 0)
+    fit(network, windows, list(targets), seed=0)
+    changed = set()
+    for name, value in network.state_dict().items():
+        if not torch.equal(value, before[name]):
+            changed.add(name)
+    return changed
 
 
 @pytest.mark.parametrize('values', [{}, dict(modality='video+audio'), dict(input='full_frame+attention')])
@@ -120,7 +129,9 @@ def test_a_layer_that_says_nothing_loses_its_share():
     "Of two layers one is the class and the other is noise."
     torch.manual_seed(0)
     target = torch.randint(0, 2, (200,))
-    features = torch.cat([torch.randn(200, 4), 2*target[:, None] - 1 + 0.1*torch.randn(200, 4)], 1)
+    noise = torch.randn(200, 4)
+    classes = 2*target[:, None] - 1 + 0.1*torch.randn(200, 4)
+    features = torch.cat([noise, classes], 1)
     layers, head = LayerSum(dict(noise=4, classes=4)), torch.nn.Linear(8, 2)
     optimizer = torch.optim.Adam([*layers.parameters(), *head.parameters()], 0.05)
     for _ in range(100):

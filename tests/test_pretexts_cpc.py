@@ -2,6 +2,7 @@
 import math
 import os
 import textwrap
+from itertools import product
 
 import pytest
 import torch
@@ -38,14 +39,22 @@ def random_outputs(clips, pairs, blocks=4, size=6):
     return CPCOutputs(*(torch.randn(shape, dtype=torch.float64).requires_grad_() for shape in shapes))
 
 
+def slow_weights(prediction, candidates):
+    "The exponential of a prediction's dot product with each of a clip's candidates."
+    weights = []
+    for candidate in candidates:
+        score = sum(p*z for p, z in zip(prediction, candidate))
+        weights.append(math.exp(score))
+    return weights
+
+
 def slow_losses(predictions, places, candidates):
     "Both parts of the loss by their definition, number by number."
     clip_loss = place_loss = 0.
     count = 0
     for clip, rows in enumerate(predictions.tolist()):
         for prediction, place in zip(rows, places):
-            weights = [[math.exp(sum(p*z for p, z in zip(prediction, candidate))) for candidate in other]
-                       for other in candidates.tolist()]
+            weights = [slow_weights(prediction, other) for other in candidates.tolist()]
             own = sum(weights[clip])
             clip_loss -= math.log(own/sum(map(sum, weights)))
             place_loss -= math.log(weights[clip][place]/own)
@@ -93,11 +102,14 @@ def test_losses_equal_their_definition():
 def test_losses_and_gradients_are_those_of_cross_entropy():
     predictions, candidates = random_outputs(3, 5)
     places = [1, 2, 3, 0, 1]
-    labels = torch.tensor([4*clip + place for clip in range(3) for place in places])
-    expected = F.cross_entropy(predictions.flatten(0, 1) @ candidates.flatten(0, 1).T, labels)
+    labels = (4*torch.arange(3)[:, None] + torch.tensor(places)).flatten()
+    scores = predictions.flatten(0, 1) @ candidates.flatten(0, 1).T
+    expected = F.cross_entropy(scores, labels)
     found = prediction_losses(predictions, places, candidates)['loss']
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
-    for mine, theirs in zip(*(torch.autograd.grad(loss, (predictions, candidates)) for loss in (found, expected))):
+    gradients = torch.autograd.grad(found, (predictions, candidates))
+    expected_gradients = torch.autograd.grad(expected, (predictions, candidates))
+    for mine, theirs in zip(gradients, expected_gradients):
         torch.testing.assert_close(mine, theirs, rtol=1e-10, atol=1e-14)
 
 
@@ -143,13 +155,19 @@ def test_losses_over_ranks_are_those_of_one_process(tmp_path, monkeypatch, proce
     (tmp_path/'program.py').write_text(RANKS)
     launch([str(tmp_path/'program.py'), str(tmp_path/'rank')], processes)
     (expected, _), gradients = losses_and_gradients()
-    results = [torch.load(tmp_path/f'rank-{rank}') for rank in range(processes)]
+    together, alone, gradients_of_ranks = [], [], []
+    for rank in range(processes):
+        (world, own), found = torch.load(tmp_path/f'rank-{rank}')
+        together.append(world)
+        alone.append(own)
+        gradients_of_ranks.append(found)
     for name, value in expected.items():
-        assert sum(world[name] for (world, _), _ in results)/processes == pytest.approx(value, rel=1e-12)
-    alone = sum(batch['clip_loss'] for (_, batch), _ in results)/processes
-    assert alone < expected['clip_loss'] # fewer negatives are easier
+        mean = sum(losses[name] for losses in together)/processes
+        assert mean == pytest.approx(value, rel=1e-12)
+    mean = sum(losses['clip_loss'] for losses in alone)/processes
+    assert mean < expected['clip_loss'] # fewer negatives are easier
     for part, whole in enumerate(gradients):
-        for rank, (_, found) in enumerate(results): # a rank's loss is a mean over fewer clips
+        for rank, found in enumerate(gradients_of_ranks): # a rank's loss is a mean over fewer clips
             torch.testing.assert_close(found[part]/processes, whole[rank::processes], rtol=1e-10, atol=1e-14)
 
 
@@ -157,9 +175,21 @@ def test_losses_over_ranks_are_those_of_one_process(tmp_path, monkeypatch, proce
 
 @pytest.mark.parametrize('blocks, predicted', [(4, 1), (4, 3), (8, 3), (2, 1)])
 def test_pairs_are_all_that_fit(blocks, predicted):
-    expected = {(t, t + k) for t in range(blocks) for k in range(1, predicted + 1) if t + k < blocks}
-    pairs = prediction_pairs(blocks, predicted)
-    assert set(pairs) == expected and len(pairs) == len(expected)
+    expected = []
+    for last, target in product(range(blocks), range(blocks)):
+        if 1 <= target - last <= predicted:
+            expected.append((last, target))
+    assert sorted(prediction_pairs(blocks, predicted)) == expected
+
+
+def gru_step(recurrence, block, state):
+    "One step of a GRU on (B, D) and (B, context), by its equations."
+    of_block = F.linear(block, recurrence.weight_ih_l0, recurrence.bias_ih_l0).chunk(3, 1)
+    of_state = F.linear(state, recurrence.weight_hh_l0, recurrence.bias_hh_l0).chunk(3, 1)
+    reset = (of_block[0] + of_state[0]).sigmoid()
+    update = (of_block[1] + of_state[1]).sigmoid()
+    new = (of_block[2] + reset*of_state[2]).tanh()
+    return (1 - update)*new + update*state
 
 
 @pytest.mark.parametrize('changes', [dict(pretext=dict(predicted=2)), PAPER], ids=['miniature', 'paper'])
@@ -172,12 +202,10 @@ def test_predictions_are_those_of_a_recurrence_by_hand(changes):
         outputs = network(dict(video=video))
         blocks = network.embed(encode_blocks(network.model, video, 4).mean((3, 4)))
         torch.testing.assert_close(outputs.blocks, blocks)
-        rnn, state, contexts = network.recurrence, torch.zeros(2, config.context, dtype=torch.float64), []
-        for t in range(frames//4):
-            inputs = F.linear(blocks[:, t], rnn.weight_ih_l0, rnn.bias_ih_l0).chunk(3, 1)
-            states = F.linear(state, rnn.weight_hh_l0, rnn.bias_hh_l0).chunk(3, 1)
-            reset, update = ((i + s).sigmoid() for i, s in zip(inputs[:2], states[:2]))
-            state = (1 - update)*(inputs[2] + reset*states[2]).tanh() + update*state
+        state = torch.zeros(2, config.context, dtype=torch.float64)
+        contexts = []
+        for block in blocks.unbind(1):
+            state = gru_step(network.recurrence, block, state)
             contexts.append(state)
         matrices = network.predict.weight.view(config.predicted, config.embedding, config.context)
         for row, (last, target) in enumerate(network.pairs):

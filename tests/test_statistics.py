@@ -1,5 +1,6 @@
 """Intervals and differences: coverage by simulation, equality with scipy, and tables that cannot be compared."""
 import math
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -8,7 +9,8 @@ from scipy.stats import bootstrap
 
 from glcm.core import InputError, generator
 from glcm.tasks.statistics import (
-    MIN_GROUPS, PairedDesign, design_of, detectable_difference, group_numbers, paired_difference, task_scores, with_intervals)
+    MIN_GROUPS, PairedDesign, design_of, detectable_difference, group_numbers, paired_difference, task_scores,
+    with_intervals)
 
 
 def classified(correct, group, **columns):
@@ -159,7 +161,8 @@ def test_difference_is_that_of_the_means_over_seeds_and_scipys():
     dict(label='FAKE', logit=2.0),
     dict(text='SET RED', predicted='SET')])
 def test_identical_predictions_do_not_differ(prediction):
-    table = pd.DataFrame(dict(seed=0, split='a', clip=[str(k) for k in range(12)], group='') | prediction)
+    clips = [str(k) for k in range(12)]
+    table = pd.DataFrame(dict(seed=0, split='a', clip=clips, group='') | prediction)
     if 'logit' in prediction:
         table.loc[:5, 'label'] = 'REAL'
     difference = paired_difference(table, table.iloc[::-1], samples=200)
@@ -199,17 +202,37 @@ def test_few_groups_have_a_difference_and_no_interval():
     assert math.isnan(difference.low) and math.isnan(difference.high)
 
 
-@pytest.mark.parametrize('change, message', [
-    (lambda t: t[t.seed == 0], 'only one of two variants has the seed 1'),
-    (lambda t: t.assign(seed=t.seed + 1), r'only one of two variants has the seed 0 \(and 1 more\)'),
-    (lambda t: t[t['clip'] != '7'], 'only one of two variants has the clip 7'),
-    (lambda t: t.drop(index=3), 'only one of two variants has the combination 0, 0, 3 of seed, offset, clip'),
-    (lambda t: t.drop(columns='seed').drop_duplicates('clip'),
-     'one table has the columns seed, offset, clip, the other offset, clip'),
-    (lambda t: t.assign(group=''), "has the group 's0' with one variant and '' with the other"),
-    (lambda t: pd.concat([t, t]), 'several rows for seed 0, offset 0, clip 0'),
-    (lambda t: t[:0], 'no clips to compare')])
-def test_rows_without_a_pair_are_named(change, message):
+CHANGES = { # what is done to one of two tables, and what is said of it
+    'a seed less': (
+        lambda table: table[table.seed == 0],
+        'only one of two variants has the seed 1'),
+    'other seeds': (
+        lambda table: table.assign(seed=table.seed + 1),
+        r'only one of two variants has the seed 0 \(and 1 more\)'),
+    'a clip less': (
+        lambda table: table[table['clip'] != '7'],
+        'only one of two variants has the clip 7'),
+    'a row less': (
+        lambda table: table.drop(index=3),
+        'only one of two variants has the combination 0, 0, 3 of seed, offset, clip'),
+    'no seeds': (
+        lambda table: table.drop(columns='seed').drop_duplicates('clip'),
+        'one table has the columns seed, offset, clip, the other offset, clip'),
+    'other groups': (
+        lambda table: table.assign(group=''),
+        "has the group 's0' with one variant and '' with the other"),
+    'rows twice': (
+        lambda table: pd.concat([table, table]),
+        'several rows for seed 0, offset 0, clip 0'),
+    'nothing': (
+        lambda table: table[:0],
+        'no clips to compare'),
+}
+
+
+@pytest.mark.parametrize('name', CHANGES)
+def test_rows_without_a_pair_are_named(name):
+    change, message = CHANGES[name]
     ours, theirs = two_variants(np.random.default_rng(3))
     with pytest.raises(InputError, match=message):
         paired_difference(ours, change(theirs))
@@ -257,7 +280,10 @@ def test_a_pilot_study_tells_its_design():
     skill = rng.beta(1, 1, 60)[group] # of the other variant, shared by the clips of a group
     tables = []
     for chance in (np.full(300, 0.9), skill):
-        rows = [dict(clip=str(k), group=f'g{group[k]}', seed=seed, right=rng.random() < chance[k]) for k in range(300) for seed in range(3)]
+        rows = []
+        for k, seed in product(range(300), range(3)):
+            right = rng.random() < chance[k]
+            rows.append(dict(clip=str(k), group=f'g{group[k]}', seed=seed, right=right))
         tables.append(pd.DataFrame(rows))
     design = design_of(*tables)
     assert (design.clips, design.groups, design.seeds) == (300, 60, 3)

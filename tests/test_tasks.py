@@ -30,6 +30,7 @@ from glcm.training.config import run_config
 
 CPU = torch.device('cpu')
 BATCH_NORM = torch.nn.modules.batchnorm._BatchNorm
+STATISTICS = 'running_mean', 'running_var', 'num_batches_tracked'
 PARAMS = tiny_params('full')
 RUN = run_config(PARAMS, 'glcm', 0)
 
@@ -124,7 +125,7 @@ def config(**values):
     return replace(task_config(PARAMS, 'ucf101'), epochs=1, batch=4, frames=8, windows=2, **values)
 
 
-@pytest.mark.parametrize('values', [
+CHOICES = [
     dict(features='global'),
     dict(features='local'),
     dict(probe=True),
@@ -134,7 +135,11 @@ def config(**values):
     dict(modality='video+audio'),
     dict(modality='audio'),
     dict(crops=3, modality='video+audio', input='full_frame+attention'),
-    dict(labels=0.5)])
+    dict(labels=0.5),
+]
+
+
+@pytest.mark.parametrize('values', CHOICES)
 def test_every_choice_trains_and_predicts(films, values):
     table = finetune(*new_model(), films, config(**values), 0)
     assert table['clip'].tolist() == [row['clip'] for row in films.clips if row['split'] == 'test']
@@ -252,11 +257,12 @@ def test_a_probe_leaves_the_encoders_alone(films):
     network = Classifier(*new_model(), config(probe=True), ['A', 'B'])
     before = {name: value.clone() for name, value in network.state_dict().items()}
     train = [i for i, row in enumerate(films.clips) if row['split'] == 'train']
-    fit(network, LabelledWindows(films, {i: 0 for i in train}, network.config, 56, 0), train, seed=0)
+    windows = LabelledWindows(films, dict.fromkeys(train, 0), network.config, 56, 0)
+    fit(network, windows, train, seed=0)
     changed = {name for name, value in network.state_dict().items() if not torch.equal(value, before[name])}
-    statistics = {name for name in before if name.endswith(('running_mean', 'running_var', 'num_batches_tracked'))}
+    statistics = {name for name in before if name.endswith(STATISTICS)}
     assert changed - statistics == {'head.weight', 'head.bias'}
-    assert {'norm.running_mean', 'norm.running_var', 'norm.num_batches_tracked'} <= changed
+    assert {f'norm.{name}' for name in STATISTICS} <= changed
 
 
 def test_videos_are_classified_by_their_mean_logit(films):
@@ -289,22 +295,29 @@ def test_logits_of_videos_keep_their_digits(films):
     assert roc_auc_score(table.label == 'FAKE', table.logit) == 1
 
 
+def names_of(network, parameters):
+    "The names of some parameters of a network."
+    wanted = {id(p) for p in parameters}
+    return {name for name, p in network.named_parameters() if id(p) in wanted}
+
+
 @pytest.mark.parametrize('kind, task, values', [
     (Classifier, 'ucf101', {}),
     (Classifier, 'ucf101', dict(modality='video+audio', frames=8)),
     (SentenceRecognizer, 'lrs2', dict(size=16, heads=2, layers=1))])
 def test_weights_decay_and_biases_norms_and_embeddings_do_not(kind, task, values):
     network = kind(*new_model(), replace(task_config(PARAMS, task), **values), ['A', 'B'])
-    names = {id(p): name for name, p in network.named_parameters()}
-    decayed, others = ({names[id(p)] for p in group['params']} for group in decay_groups(network, 0.01))
-    frozen = {name for name, p in network.named_parameters() if not p.requires_grad}
-    assert decayed | others | frozen == set(names.values())
+    with_decay, without = decay_groups(network, 0.01)
+    decayed, others = names_of(network, with_decay['params']), names_of(network, without['params'])
+    learning = {name for name, p in network.named_parameters() if p.requires_grad}
+    assert decayed | others == learning
     assert not decayed & others
     modules = dict(network.named_modules())
-    for name in decayed | others:
+    for name in learning:
         module, _, end = name.rpartition('.')
         is_unmixed = isinstance(modules[module], BATCH_NORM | torch.nn.LayerNorm | torch.nn.Embedding)
-        assert (name in others) == (is_unmixed or end in ('bias', 'in_proj_bias')), name
+        is_bias = end in ('bias', 'in_proj_bias')
+        assert (name in others) == (is_unmixed or is_bias), name
 
 
 def test_what_does_not_decay_keeps_its_length(films):
@@ -375,27 +388,31 @@ def test_frozen_encoders_take_statistics_of_mixed_batches():
     dict(input='full_frame+attention'),
     dict(input='full_frame+attention', modality='video+audio')])
 def test_a_probe_of_random_weights_has_normalised_features(films, values):
+    clips = list(range(8))
     probe_config = replace(config(probe=True, precision='float32', **values), batch=8)
     network = Classifier(*new_model(), probe_config, ['A', 'B']).eval()
-    windows = LabelledWindows(films, {i: 0 for i in range(8)}, probe_config, 56, 0)
-    keys = [[(0, i, generator(0, 'frozen', 0, i).random(), None) for i in range(8)]]
-    batches = [to_inputs(batch, CPU) for batch in window_batches(windows, keys)]
+    windows = LabelledWindows(films, dict.fromkeys(clips, 0), probe_config, 56, 0)
+    first_views = [(0, i, generator(0, 'frozen', 0, i).random(), None) for i in clips]
+    batches = [to_inputs(batch, CPU) for batch in window_batches(windows, [first_views])]
     _, variance = outputs_of_norms(network.features, batches)
     assert variance.log().abs().max() > 1  # the statistics of no data
-    CachedFeatures(network, windows, list(range(8)), 0)
+    CachedFeatures(network, windows, clips, 0)
     mean, variance = outputs_of_norms(network.features, batches)
     assert mean.abs().max() < 0.05
     assert (variance - 1).abs().max() < 0.1  # running variances are those of a sample, layer after layer
 
 
+TEST_CLIPS = [2, 5, 8, 11] # of `films`
+
+
 @pytest.mark.parametrize('clips, values, message', [
-    (lambda row, k: k == 0, dict(label=None), '1 clips have no label, for example'),
-    (lambda row, k: True, dict(split='train'), '0 for test'),
-    (lambda row, k: True, dict(group='s1'), 's1 has clips in test and train'),
-    (lambda row, k: row['split'] == 'test', dict(label='C'), "label 'C', which is not among the 2 labels in training"),
-])
+    ([0], dict(label=None), '1 clips have no label, for example'),
+    (range(12), dict(split='train'), '0 for test'),
+    (range(12), dict(group='s1'), 's1 has clips in test and train'),
+    (TEST_CLIPS, dict(label='C'), "label 'C', which is not among the 2 labels in training")])
 def test_clips_that_cannot_be_evaluated_are_named(films, clips, values, message):
-    films.clips = [row | (values if clips(row, k) else {}) for k, row in enumerate(films.clips)]
+    for i in clips:
+        films.clips[i] |= values
     with pytest.raises(InputError, match=message):
         finetune(*new_model(), films, config(), 0)
 
@@ -527,11 +544,13 @@ def test_features_of_utterances_are_kept_without_their_padding(films):
     reading = sentence_config(frozen=1, batch=8, precision='float32', flip=0.0)
     network = SentenceRecognizer(*new_model(), reading)
     films.clips = [row | dict(steps=row['steps'] - 3*k) for k, row in enumerate(films.clips[:4])]
-    windows = LabelledWindows(films, {i: encode_text('A B') for i in range(4)}, reading, 56, 0)
+    windows = LabelledWindows(films, dict.fromkeys(range(4), encode_text('A B')), reading, 56, 0)
     cached = CachedFeatures(network, windows, [0, 1, 2, 3], 0)
     for i in range(4):
-        alone = forward_batch(network, collate_windows([windows[1, i, 0.0, None]]), CPU)
-        assert torch.allclose(forward_batch(network, collate_windows([cached[1, i]]), CPU), alone, atol=1e-4)
+        alone = collate_windows([windows[1, i, 0.0, None]])
+        kept = collate_windows([cached[1, i]])
+        expected = forward_batch(network, alone, CPU)
+        assert torch.allclose(forward_batch(network, kept, CPU), expected, atol=1e-4)
 
 
 def test_sentences_can_be_memorised(films):

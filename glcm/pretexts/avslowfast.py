@@ -10,6 +10,7 @@ __all__ = ['TURNS', 'LAYERS', 'AVSlowFastConfig', 'turn_clips', 'layer_means', '
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
@@ -47,7 +48,7 @@ def turn_clips(
     return torch.stack([torch.rot90(clip, turn, (2, 3)) for clip, turn in zip(video, turns)])
 
 # %% ../../nbs/35a_pretexts.avslowfast.ipynb #012
-LAYERS = dict(layer2=4, layer3=2, layer4=1) # that are compared: how many times fewer channels they have than the last one
+LAYERS = dict(layer2=4, layer3=2, layer4=1) # that are compared: how many times fewer channels than the last one
 
 def layer_means(
     encoder: ResNet18,
@@ -80,7 +81,7 @@ class AVSlowFastOutputs(NamedTuple):
     rotation: torch.Tensor # (B, 4) scores of the orientations
 
 class AVSlowFast(Pretext):
-    "Both video encoders together, compared with the audio encoder after three layers, and a classifier of orientations."
+    "Both video encoders, compared with the audio encoder after three layers, and a classifier of orientations."
     def __init__(self, model: GLCM, run):
         super().__init__(model, run)
         channels = model.global_encoder.channels + model.local_encoder.channels
@@ -88,36 +89,43 @@ class AVSlowFast(Pretext):
         self.sound = layer_heads(model.audio_encoder.channels, run.pretext.embedding)
         self.rotation = nn.Linear(channels, TURNS)
 
-    def before_step(self, views, clips, step, ranks):
-        share = hard_share(step, self.run.pretrain.steps, self.run.pretext)
-        generators = clip_generators(self.run, step, clips)
-        sounds = choose_sounds(views, generators, share)
-        turns = [int(rng.integers(TURNS)) for rng in generators]
-        video = turn_clips(views['video'], turns)
-        return views | sounds | dict(video=video, turns=to_device(torch.tensor(turns), video.device))
+# %% ../../nbs/35a_pretexts.avslowfast.ipynb #5e6b4587
+@patch
+def before_step(self: AVSlowFast, views, clips, step, ranks):
+    share = hard_share(step, self.run.pretrain.steps, self.run.pretext)
+    generators = clip_generators(self.run, step, clips)
+    sounds = choose_sounds(views, generators, share)
+    turns = [int(rng.integers(TURNS)) for rng in generators]
+    video = turn_clips(views['video'], turns)
+    return views | sounds | dict(video=video, turns=to_device(torch.tensor(turns), video.device))
 
-    def picture_means(self, video): # (B, 3, T, h, w) uint8 -> (B, C) for each of `LAYERS`
-        "The features of both pathways, averaged and joined."
-        frames = normalize_frames(video, self.model.mean, self.model.std)
-        stride = frames.shape[2]//self.run.model.global_frames
-        slow = layer_means(self.model.global_encoder, frames[:, :, ::stride])
-        fast = layer_means(self.model.local_encoder, frames)
-        return [torch.cat(pair, 1) for pair in zip(slow, fast)]
+# %% ../../nbs/35a_pretexts.avslowfast.ipynb #2b6ead87
+@patch
+def picture_means(self: AVSlowFast, video): # (B, 3, T, h, w) uint8 -> (B, C) for each of `LAYERS`
+    "The features of both pathways, averaged and joined."
+    frames = normalize_frames(video, self.model.mean, self.model.std)
+    stride = frames.shape[2]//self.run.model.global_frames
+    slow = layer_means(self.model.global_encoder, frames[:, :, ::stride])
+    fast = layer_means(self.model.local_encoder, frames)
+    return [torch.cat(pair, 1) for pair in zip(slow, fast)]
 
-    def forward(self, views):
-        self.model.check(views['video'], views['audio'])
-        pictures = self.picture_means(views['video'])
-        windows = torch.cat([views['audio'], views['second_audio']])
-        sounds = embed_layers(self.sound, layer_means(self.model.audio_encoder, windows))
-        scores = self.rotation(pictures[-1])
-        scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
-        return AVSlowFastOutputs(embed_layers(self.video, pictures), *sounds.chunk(2), scores)
+@patch
+def forward(self: AVSlowFast, views):
+    self.model.check(views['video'], views['audio'])
+    pictures = self.picture_means(views['video'])
+    windows = torch.cat([views['audio'], views['second_audio']])
+    sounds = embed_layers(self.sound, layer_means(self.model.audio_encoder, windows))
+    scores = self.rotation(pictures[-1])
+    scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
+    return AVSlowFastOutputs(embed_layers(self.video, pictures), *sounds.chunk(2), scores)
 
-    def loss(self, outputs, views, ranks=ALONE):
-        compared = comparing_ranks(self.run, ranks)
-        losses = {}
-        for k, layer in enumerate(LAYERS):
-            embeddings = AVTSOutputs(outputs.video[:, k], outputs.sound[:, k], outputs.second[:, k])
-            losses[f'{layer}_loss'] = sum(mean_losses(embeddings, views, self.run.pretext.margin, compared))
-        losses['rotation_loss'] = F.cross_entropy(outputs.rotation, views['turns'])
-        return dict(loss=sum(losses.values())) | losses
+# %% ../../nbs/35a_pretexts.avslowfast.ipynb #1ef5b4b9
+@patch
+def loss(self: AVSlowFast, outputs, views, ranks=ALONE):
+    compared = comparing_ranks(self.run, ranks)
+    losses = {}
+    for k, layer in enumerate(LAYERS):
+        embeddings = AVTSOutputs(outputs.video[:, k], outputs.sound[:, k], outputs.second[:, k])
+        losses[f'{layer}_loss'] = sum(mean_losses(embeddings, views, self.run.pretext.margin, compared))
+    losses['rotation_loss'] = F.cross_entropy(outputs.rotation, views['turns'])
+    return dict(loss=sum(losses.values())) | losses

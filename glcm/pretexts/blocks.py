@@ -27,6 +27,7 @@ def cut_blocks(
                          'choose pretext.block_frames such that it divides views.frames')
     return video.unflatten(2, (-1, length)).transpose(1, 2)
 
+# %% ../../nbs/31a_pretexts.blocks.ipynb #acca3cb6
 def encode_blocks(
     model: GLCM, # its local encoder is used
     video: torch.Tensor, # (B, 3, T, h, w) uint8 frames
@@ -49,6 +50,7 @@ def place_log_sums(
     of_clip = scores[rows, clips] # (n, c)
     return scores.flatten(1).logsumexp(1), of_clip.logsumexp(1), of_clip[rows, places]
 
+# %% ../../nbs/31a_pretexts.blocks.ipynb #cd8c2c8a
 def prediction_losses(
     predictions: torch.Tensor, # (m, q, D) of this rank's clips
     places: list, # of length q: which candidate of its clip each prediction means
@@ -60,7 +62,8 @@ def prediction_losses(
     candidates = gather_clips(candidates.to(precision), ranks)
     with torch.autocast(candidates.device.type, enabled=False):
         scores = torch.einsum('mqd,bcd->mqbc', predictions.to(precision), candidates).flatten(0, 1)
-    clips = own_rows(len(predictions), ranks, scores.device).unsqueeze(1).expand(-1, len(places)).flatten()
+    own = own_rows(len(predictions), ranks, scores.device)
+    clips = own.repeat_interleave(len(places)) # of each prediction
     places = to_device(torch.tensor(places), scores.device).repeat(len(predictions))
     everywhere, of_clip, right = place_log_sums(scores, clips, places)
     clip_loss, place_loss = (everywhere - of_clip).mean(), (of_clip - right).mean()

@@ -9,6 +9,7 @@ __all__ = ['CPCConfig', 'prediction_pairs', 'CPCOutputs', 'CPC']
 from typing import Literal, NamedTuple
 
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from ..core import configuration
@@ -36,7 +37,10 @@ def prediction_pairs(
     predicted: int, # blocks ahead, P
 ) -> list: # of (last block that is seen, block that is predicted), from 0
     "What is predicted from where."
-    return [(last, last + ahead) for ahead in range(1, predicted + 1) for last in range(blocks - ahead)]
+    pairs = []
+    for ahead in range(1, predicted + 1):
+        pairs += [(last, last + ahead) for last in range(blocks - ahead)]
+    return pairs
 
 # %% ../../nbs/32_pretexts.cpc.ipynb #012
 class CPCOutputs(NamedTuple):
@@ -49,20 +53,26 @@ class CPC(Pretext):
     def __init__(self, model: GLCM, run):
         super().__init__(model, run)
         config = run.pretext
-        self.pairs = prediction_pairs(run.views.frames//config.block_frames, config.predicted)
+        blocks = run.views.frames//config.block_frames
+        self.pairs = prediction_pairs(blocks, config.predicted)
         self.embed = nn.Linear(model.local_encoder.channels, config.embedding)
         self.recurrence = nn.GRU(config.embedding, config.context, batch_first=True)
         self.predict = nn.Linear(config.context, config.predicted*config.embedding, bias=False)
 
-    def forward(self, views):
-        config = self.run.pretext
-        features = encode_blocks(self.model, views['video'], config.block_frames)
-        blocks = self.embed(features.mean((3, 4)))
-        contexts, _ = self.recurrence(blocks) # (B, N, context)
-        ahead = self.predict(contexts).unflatten(2, (config.predicted, config.embedding))
-        predictions = [ahead[:, last, target - last - 1] for last, target in self.pairs]
-        return CPCOutputs(torch.stack(predictions, 1), blocks)
+# %% ../../nbs/32_pretexts.cpc.ipynb #25e594c5
+@patch
+def forward(self: CPC, views):
+    config = self.run.pretext
+    features = encode_blocks(self.model, views['video'], config.block_frames)
+    blocks = self.embed(features.mean((3, 4)))
+    contexts, _ = self.recurrence(blocks) # (B, N, context)
+    ahead = self.predict(contexts).unflatten(2, (config.predicted, config.embedding))
+    predictions = [ahead[:, last, target - last - 1] for last, target in self.pairs]
+    return CPCOutputs(torch.stack(predictions, 1), blocks)
 
-    def loss(self, outputs, views, ranks=ALONE):
-        targets = [target for _, target in self.pairs]
-        return prediction_losses(outputs.predictions, targets, outputs.blocks, comparing_ranks(self.run, ranks))
+# %% ../../nbs/32_pretexts.cpc.ipynb #31ef526b
+@patch
+def loss(self: CPC, outputs, views, ranks=ALONE):
+    targets = [target for _, target in self.pairs]
+    compared = comparing_ranks(self.run, ranks)
+    return prediction_losses(outputs.predictions, targets, outputs.blocks, compared)

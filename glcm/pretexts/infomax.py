@@ -11,6 +11,7 @@ from typing import Annotated, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from pydantic import Field, StrictFloat, StrictInt
 from torch import nn
 from torch.nn import functional as F
@@ -21,7 +22,8 @@ from ..distributed import Ranks
 from ..encoders import SignalBatchNorm
 from ..losses import ALONE
 from ..model import GLCM, Size, normalize_frames
-from .pretext import Pretext, PretextConfig, clip_generators, comparing_ranks, gather_clips, own_rows, to_device
+from .pretext import (
+    Pretext, PretextConfig, clip_generators, comparing_ranks, gather_clips, own_rows, to_device)
 
 # %% ../../nbs/34_pretexts.infomax.ipynb #005
 @configuration
@@ -64,7 +66,8 @@ class ResidualMLP(nn.Module):
                 self.shortcut.weight.fill_diagonal_(1)
 
     def forward(self, x):
-        z = self.last(F.relu(self.hidden(x))) + self.shortcut(x)
+        hidden = F.relu(self.hidden(x))
+        z = self.last(hidden) + self.shortcut(x)
         rows = z.flatten(0, -2).to(torch.promote_types(z.dtype, torch.float32))
         return self.norm(rows).unflatten(0, x.shape[:-1])
 
@@ -104,6 +107,7 @@ def soft_clip(
     "Small scores as they are, large ones bent."
     return largest*torch.tanh(scores/largest)
 
+# %% ../../nbs/34_pretexts.infomax.ipynb #ca219146
 def cell_losses(
     scores: torch.Tensor, # (m, B, V) of some clips' antecedents with all clips' cells
     own: torch.Tensor, # (m,) places of these clips among the B
@@ -126,6 +130,7 @@ class InfoMaxOutputs(NamedTuple):
     global_layer3: torch.Tensor # (B, V, D)
     global_layer4: torch.Tensor # (B, V, D)
 
+# %% ../../nbs/34_pretexts.infomax.ipynb #43b7c53e
 def infomax_losses(
     sequence: tuple, # mean (m, D), cells of layer3 and layer4 (m, V, D), that gives the antecedents
     draws: torch.Tensor, # (m,) float32, from 0 to 1: which cell is an antecedent
@@ -158,36 +163,51 @@ class InfoMax(Pretext):
             heads = {layer: ResidualMLP(size, run.pretext.embedding) for layer, size in sizes.items()}
             self.heads[name] = nn.ModuleDict(heads)
 
-    def before_step(self, views, clips, step, ranks):
-        generators, count = clip_generators(self.run, step, clips), self.run.pretext.cells
-        cells = np.stack([rng.random((4, count), np.float32) for rng in generators]) # of two maps of two sequences
-        antecedents = np.stack([rng.random(2, np.float32) for rng in generators])
-        draws = dict(cells=torch.from_numpy(cells), antecedents=torch.from_numpy(antecedents))
-        return views | {name: to_device(values, views['video'].device) for name, values in draws.items()}
+# %% ../../nbs/34_pretexts.infomax.ipynb #56913c63
+@patch
+def before_step(self: InfoMax, views, clips, step, ranks):
+    count, device = self.run.pretext.cells, views['video'].device
+    cells, antecedents = [], []
+    for rng in clip_generators(self.run, step, clips):
+        cells.append(rng.random((4, count), np.float32)) # of two maps of two sequences
+        antecedents.append(rng.random(2, np.float32))
+    cells, antecedents = (torch.from_numpy(np.stack(drawn)) for drawn in (cells, antecedents))
+    return views | dict(cells=to_device(cells, device), antecedents=to_device(antecedents, device))
 
-    def embed(self, name, video, draws): # (B, 3, T, h, w) uint8, (B, 2, V) -> (B, D), (B, V, D), (B, V, D)
-        "Mean and cells of one sequence."
-        frames = normalize_frames(video, self.model.mean, self.model.std)
-        maps = self.model.part(name).stage_outputs(frames, MAPS)
-        heads = self.heads[name]
-        cells = [heads[layer](take_cells(maps[layer], draws[:, k])) for k, layer in enumerate(MAPS)]
-        return heads['mean'](maps['layer4'].mean((2, 3, 4))), *cells
+# %% ../../nbs/34_pretexts.infomax.ipynb #e4571794
+@patch
+def embed(self: InfoMax, name, video, draws): # (B, 3, T, h, w) uint8, (B, 2, V) -> (B, D), (B, V, D), (B, V, D)
+    "Mean and cells of one sequence."
+    frames = normalize_frames(video, self.model.mean, self.model.std)
+    maps = self.model.part(name).stage_outputs(frames, MAPS)
+    heads = self.heads[name]
+    cells = []
+    for k, layer in enumerate(MAPS):
+        taken = take_cells(maps[layer], draws[:, k])
+        cells.append(heads[layer](taken))
+    mean = maps['layer4'].mean((2, 3, 4))
+    return heads['mean'](mean), *cells
 
-    def forward(self, views):
-        self.model.check(views['video'], views['audio'])
-        if self.training and len(views['video']) < 2:
-            raise InputError('pretext infomax needs two clips in each part of a batch, for batch norm: '
-                             'lower pretrain.accumulate or raise pretrain.batch')
-        stride = views['video'].shape[2]//self.run.model.global_frames
-        few_frames = views['second_video'][:, :, ::stride]
-        local = self.embed('local', views['video'], views['cells'][:, :2])
-        return InfoMaxOutputs(*local, *self.embed('global', few_frames, views['cells'][:, 2:]))
+# %% ../../nbs/34_pretexts.infomax.ipynb #c875495c
+@patch
+def forward(self: InfoMax, views):
+    self.model.check(views['video'], views['audio'])
+    if self.training and len(views['video']) < 2:
+        raise InputError('pretext infomax needs two clips in each part of a batch, for batch norm: '
+                         'lower pretrain.accumulate or raise pretrain.batch')
+    stride = views['video'].shape[2]//self.run.model.global_frames
+    few_frames = views['second_video'][:, :, ::stride]
+    local = self.embed('local', views['video'], views['cells'][:, :2])
+    few = self.embed('global', few_frames, views['cells'][:, 2:])
+    return InfoMaxOutputs(*local, *few)
 
-    def loss(self, outputs, views, ranks=ALONE):
-        compared = comparing_ranks(self.run, ranks)
-        local, few = outputs[:3], outputs[3:]
-        from_local, from_few = views['antecedents'].unbind(1)
-        forth = infomax_losses(local, from_local, few, self.run.pretext, compared)
-        back = infomax_losses(few, from_few, local, self.run.pretext, compared)
-        parts = (forth + back)/2
-        return dict(loss=parts.sum()) | dict(zip(self.run.pretext.losses, parts))
+# %% ../../nbs/34_pretexts.infomax.ipynb #7cc4bf3d
+@patch
+def loss(self: InfoMax, outputs, views, ranks=ALONE):
+    compared = comparing_ranks(self.run, ranks)
+    local, few = outputs[:3], outputs[3:]
+    from_local, from_few = views['antecedents'].unbind(1)
+    forth = infomax_losses(local, from_local, few, self.run.pretext, compared)
+    back = infomax_losses(few, from_few, local, self.run.pretext, compared)
+    parts = (forth + back)/2
+    return dict(loss=parts.sum()) | dict(zip(self.run.pretext.losses, parts))

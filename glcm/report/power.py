@@ -27,19 +27,21 @@ def tested_clips(
     tested = rows[(rows.split == 'test') | in_lists]
     return tested if len(tested) else rows
 
+# %% ../../nbs/51b_report.power.ipynb #9d4c40e5
 def power_table(
     params: dict, # of a study
     data: str | Path, # folder of the datasets
 ) -> pd.DataFrame: # task, clips, groups, seeds, difference: a row for each task, and for what is localized
     "Which difference each task of a study can show; raises `InputError` where a dataset is not there."
-    seeds, rows = len(params['matrix']['seeds']), []
+    seeds = len(params['matrix']['seeds'])
+    rows = []
     for task in dict.fromkeys([params['localize']['dataset'], *params['experiments']]):
-        about = section_of(section_of(params, 'datasets'), task)
-        catalogue = read_catalogue(about.get('reader') or task, Path(data)/about.get('path', task), task)
-        tested = tested_clips(catalogue)
+        dataset = section_of(section_of(params, 'datasets'), task)
+        folder = Path(data)/dataset.get('path', task)
+        tested = tested_clips(read_catalogue(dataset.get('reader') or task, folder, task))
         groups = int(group_numbers(tested).max()) + 1
-        design = PairedDesign(len(tested), groups, seeds)
-        rows.append(dict(task=task, clips=len(tested), groups=groups, seeds=seeds, difference=detectable_difference(design)))
+        difference = detectable_difference(PairedDesign(len(tested), groups, seeds))
+        rows.append(dict(task=task, clips=len(tested), groups=groups, seeds=seeds, difference=difference))
     return pd.DataFrame(rows)
 
 # %% ../../nbs/51b_report.power.ipynb #008

@@ -7,6 +7,7 @@ __all__ = ['layer_channels', 'repeat_steps', 'LayerFeatures', 'LayerSum', 'task_
 
 # %% ../../nbs/44a_tasks.layers.ipynb #002
 import torch
+from fastcore.basics import patch
 from torch import nn
 from torch.nn import functional as F
 
@@ -29,6 +30,7 @@ def layer_channels(
             channels[f'{name} {layer}'] = getattr(encoder, layer)[-1].conv2.out_channels
     return channels
 
+# %% ../../nbs/44a_tasks.layers.ipynb #345a2fff
 def repeat_steps(
     features: torch.Tensor, # (B, C, T')
     steps: int, # T, of another layer of the same encoder
@@ -45,24 +47,28 @@ class LayerFeatures(Features):
         self.layers = layer_channels(self.encoders)
         self.channels = sum(self.layers.values())
 
-    def reset_statistics(self, batches, ranks=ALONE):
-        "Nothing: the statistics of frozen encoders stay those of pretraining."
+# %% ../../nbs/44a_tasks.layers.ipynb #7f436149
+@patch
+def reset_statistics(self: LayerFeatures, batches, ranks=ALONE):
+    "Nothing: the statistics of frozen encoders stay those of pretraining."
 
-    def audio_features(self, audio):
-        "(B, C, slices): all layers of the audio encoder, averaged over the slices of its last one."
-        outputs = self.encoders['audio'].stage_outputs(audio, LAYERS)
-        slices = outputs[LAYERS[-1]].shape[2]
-        return torch.cat([F.adaptive_avg_pool1d(x, slices) for x in outputs.values()], 1)
+@patch
+def audio_features(self: LayerFeatures, audio):
+    "(B, C, slices): all layers of the audio encoder, averaged over the slices of its last one."
+    outputs = self.encoders['audio'].stage_outputs(audio, LAYERS)
+    slices = outputs[LAYERS[-1]].shape[2]
+    return torch.cat([F.adaptive_avg_pool1d(x, slices) for x in outputs.values()], 1)
 
-    def pooled(self, name, frames, attention, length):
-        "(B, C, T'): all layers of one encoder, pooled over space, for the steps of its first one."
-        with masked_padding(self.encoders[name], length, frames.shape[2]):
-            outputs = self.encoders[name].stage_outputs(frames, LAYERS).values()
-        if attention is None:
-            layers = [mean_pool(x) for x in outputs]
-        else:
-            layers = [attention_pool(x, attention) for x in outputs]
-        return torch.cat([repeat_steps(x, layers[0].shape[2]) for x in layers], 1)
+@patch
+def pooled(self: LayerFeatures, name, frames, attention, length):
+    "(B, C, T'): all layers of one encoder, pooled over space, for the steps of its first one."
+    with masked_padding(self.encoders[name], length, frames.shape[2]):
+        outputs = self.encoders[name].stage_outputs(frames, LAYERS).values()
+    if attention is None:
+        layers = [mean_pool(x) for x in outputs]
+    else:
+        layers = [attention_pool(x, attention) for x in outputs]
+    return torch.cat([repeat_steps(x, layers[0].shape[2]) for x in layers], 1)
 
 # %% ../../nbs/44a_tasks.layers.ipynb #012
 class LayerSum(nn.Module):

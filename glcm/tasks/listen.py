@@ -44,13 +44,18 @@ def other_clip(
     numbers: list, # of the clips to choose from
 ) -> int: # number of another clip
     "A clip whose sound comes from nothing in clip `i`."
-    own, others = store.clips[i], [k for k in numbers if k != i]
-    for differs in (('group', 'label'), ('group',), ('label',), ()):
-        chosen = [k for k in others if all(store.clips[k][name] != own[name] for name in differs)]
-        if chosen:
-            return chosen[generator('other sound', own['clip']).integers(len(chosen))]
-    return i
+    own = store.clips[i]
+    others = [k for k in numbers if k != i]
+    differing = {}
+    for name in ('group', 'label'):
+        differing[name] = {k for k in others if store.clips[k][name] != own[name]}
+    wanted = differing['group'] & differing['label'] or differing['group'] or differing['label'] or set(others)
+    chosen = [k for k in others if k in wanted]
+    if not chosen:
+        return i
+    return chosen[generator('other sound', own['clip']).integers(len(chosen))]
 
+# %% ../../nbs/49a_tasks.listen.ipynb #17552a47
 def sounds_of(
     store: ClipStore,
     i: int, # number of a clip
@@ -60,7 +65,8 @@ def sounds_of(
     "The middle of a clip with its own sound, silence, noise and the sound of another clip."
     frames = config.views.frames
     video, own = middle_span(store, i, frames)
-    columns, rng = own.shape[-1], generator('noise', store.clips[i]['clip'])
+    columns = own.shape[-1]
+    rng = generator('noise', store.clips[i]['clip'])
     silence = scale_mel(torch.from_numpy(silent_mel(columns, config.audio)))[None]
     noise = scale_mel(torch.from_numpy(noise_mel(columns, config.audio, rng)))[None]
     _, other = middle_span(store, other_clip(store, i, numbers), frames)
@@ -80,6 +86,7 @@ def choosing_clips(
         halves[chance(str(row['group'] or row['clip']), seed=2) >= 0.5].append(i)
     return halves
 
+# %% ../../nbs/49a_tasks.listen.ipynb #77d335e5
 def measure_peaks(
     model: GLCM, # in evaluation mode
     config: RunConfig, # how it was trained
@@ -111,6 +118,7 @@ def best_threshold(
     reached_other = (values[~own] >= candidates[:, None]).mean(1)
     return float(candidates[np.argmax(reached_own - reached_other)])
 
+# %% ../../nbs/49a_tasks.listen.ipynb #5e7b96f0
 LISTENING_COLUMNS = ['clip', 'group', 'sound', 'peak', 'threshold', 'active']
 
 def measure_listening(

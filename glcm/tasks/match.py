@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Span', 'Fit', 'OFFSET_COLUMNS', 'MATCHING_COLUMNS', 'fit_of_sounds', 'model_fit', 'longest_offset', 'measure_offsets',
-           'measure_matching']
+           'owner', 'sounds_to_choose_from', 'measure_matching']
 
 # %% ../../nbs/49b_tasks.match.ipynb #002
 from collections.abc import Callable
@@ -58,8 +58,6 @@ def model_fit(
     return fit
 
 # %% ../../nbs/49b_tasks.match.ipynb #009
-OFFSET_COLUMNS = ['clip', 'group', 'predicted', 'within', 'chance']
-
 def longest_offset(
     store: ClipStore,
     numbers: list, # of the clips
@@ -68,6 +66,9 @@ def longest_offset(
     "The largest offset for which nine of ten clips are long enough."
     spare = [max(0, store.clips[i]['steps'] - frames)//2 for i in numbers]
     return min(15, int(np.quantile(spare, 0.1))) if spare else 0
+
+# %% ../../nbs/49b_tasks.match.ipynb #4539ebbb
+OFFSET_COLUMNS = ['clip', 'group', 'predicted', 'within', 'chance']
 
 def measure_offsets(
     fit: Fit,
@@ -79,19 +80,42 @@ def measure_offsets(
     "The offset of each clip's sound, which is 0, as it is predicted."
     if longest < 2:
         return pd.DataFrame(columns=OFFSET_COLUMNS) # every offset would be right within one step
-    offsets, rows = np.arange(-longest, longest + 1), []
+    offsets = np.arange(-longest, longest + 1)
+    rows = []
     for i in progress(numbers, 'clips'):
         clip = store.clips[i]
         if clip['steps'] < frames + 2*longest:
             continue
         start = (clip['steps'] - frames)//2
-        scores = fit((i, start), [(i, start + offset) for offset in offsets.tolist()])
+        sounds = [(i, start + offset) for offset in offsets.tolist()]
+        scores = fit((i, start), sounds)
         predicted = int(offsets[np.argmax(scores)])
         about = dict(clip=clip['clip'], group=clip['group'] or '', predicted=predicted)
         rows.append(about | dict(within=abs(predicted) <= 1, chance=3/len(offsets)))
     return pd.DataFrame(rows, columns=OFFSET_COLUMNS)
 
 # %% ../../nbs/49b_tasks.match.ipynb #011
+def owner(
+    clip: dict, # a row of `ClipStore.clips`
+) -> str:
+    "The group of a clip; a clip without a group is a group of its own."
+    return clip['group'] or clip['clip']
+
+def sounds_to_choose_from(
+    store: ClipStore,
+    i: int, # number of a clip
+    numbers: list, # of the clips to choose from
+    count: int, # sounds
+) -> list: # numbers of clips, the first one i; empty where too few others are of other groups
+    "A clip and some of other groups, which depend on its name alone."
+    clips = store.clips
+    others = [k for k in numbers if k != i and owner(clips[k]) != owner(clips[i])]
+    if len(others) < count - 1:
+        return []
+    chosen = generator('sounds', clips[i]['clip']).choice(others, count - 1, replace=False)
+    return [i, *chosen.tolist()]
+
+# %% ../../nbs/49b_tasks.match.ipynb #90b9b734
 MATCHING_COLUMNS = ['clip', 'group', 'predicted', 'matched', 'chance']
 
 def measure_matching(
@@ -105,14 +129,12 @@ def measure_matching(
     rows = []
     numbers = [i for i in numbers if store.clips[i]['steps'] >= frames]
     for i in progress(numbers, 'clips'):
-        clip = store.clips[i]
-        own = clip['group'] or clip['clip']
-        others = [k for k in numbers if k != i and (store.clips[k]['group'] or store.clips[k]['clip']) != own]
-        if len(others) < count - 1:
+        chosen = sounds_to_choose_from(store, i, numbers, count)
+        if not chosen:
             continue
-        chosen = generator('sounds', clip['clip']).choice(others, count - 1, replace=False)
-        spans = [(k, (store.clips[k]['steps'] - frames)//2) for k in (i, *chosen.tolist())]
+        spans = [(k, (store.clips[k]['steps'] - frames)//2) for k in chosen]
         best = int(np.argmax(fit(spans[0], spans)))
-        about = dict(clip=clip['clip'], group=clip['group'] or '', predicted=store.clips[spans[best][0]]['clip'])
+        clip, predicted = store.clips[i], store.clips[chosen[best]]
+        about = dict(clip=clip['clip'], group=clip['group'] or '', predicted=predicted['clip'])
         rows.append(about | dict(matched=best == 0, chance=1/count))
     return pd.DataFrame(rows, columns=MATCHING_COLUMNS)

@@ -25,6 +25,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 import yaml
+from fastcore.basics import patch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -52,6 +53,7 @@ class Stopped(RuntimeError):
         super().__init__(message)
         self.number = number
 
+# %% ../../nbs/39a_training.pretrain.ipynb #5aee93f8
 @contextmanager
 def stop_signals():
     "A list to which SIGINT, SIGTERM and SIGUSR1 add their number while the block lasts, instead of ending the process."
@@ -121,7 +123,8 @@ def wrap_network(
         pretext.compile()
     if ranks.size == 1:
         return pretext
-    warnings.filterwarnings('ignore', 'Grad strides do not match') # of 1x1x1 kernels: their channels-last order is ambiguous
+    # of 1x1x1 kernels, whose channels-last order is ambiguous
+    warnings.filterwarnings('ignore', 'Grad strides do not match')
     devices = [ranks.local_rank] if ranks.device.type == 'cuda' else None
     # buffers need no exchange: those of the first rank are kept, and no rank uses them in training
     return DistributedDataParallel(pretext, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -138,7 +141,8 @@ def reset_untrained(
 ):
     "Replace the batch norms' running statistics by those of some training batches."
     def inputs():
-        loader = training_batches(views, config.pretrain.batch, UNTRAINED_BATCHES, 0, machine.workers, ranks.rank, ranks.size)
+        loader = training_batches(views, config.pretrain.batch, UNTRAINED_BATCHES, 0, machine.workers,
+                                  ranks.rank, ranks.size)
         for batch in loader:
             yield prepare_inputs(batch['planes'], batch['mel'], ranks.device)
     reset_batchnorm_statistics(model, inputs())
@@ -155,11 +159,13 @@ def check_shared_memory(
         return
     clip = sum(view.nbytes for view in views[0, 0].values() if torch.is_tensor(view))
     ranks = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    needed, free = 2*ranks*workers*batch*clip, shutil.disk_usage(folder).free # each prepares two batches
+    needed = 2*ranks*workers*batch*clip # each process prepares two batches
+    free = shutil.disk_usage(folder).free
     if needed > free:
         raise InputError(f'loader processes of this machine need {needed/2**30:.2g} GiB of {folder}, and '
                          f'{free/2**30:.2g} are free: give a container more (--shm-size), or lower machine.workers')
 
+# %% ../../nbs/39a_training.pretrain.ipynb #f39b24db
 def copied_ahead(
     batches: Iterable, # of dicts with tensors in pinned memory
     device: torch.device, # that computes
@@ -168,7 +174,9 @@ def copied_ahead(
     if device.type != 'cuda':
         yield from batches
         return
-    main, copying, ready = torch.cuda.current_stream(device), torch.cuda.Stream(device), None
+    main = torch.cuda.current_stream(device)
+    copying = torch.cuda.Stream(device)
+    ready = None # the batch that has been copied last
     for batch in chain(batches, [None]):
         main.wait_stream(copying) # for the batch before
         copies = {}
@@ -211,112 +219,130 @@ class Trainer:
         self.writes = ranks.rank == 0 # and shows progress
         check_shared_memory(self.views, config.pretrain.batch//ranks.size, machine.workers)
 
-    def run(
-        self,
-        stop_requests: list, # numbers of signals that have asked the run to end
-    ):
-        "Train up to the last step; raises `Stopped` when asked to end, `Diverged` when a loss is no number."
-        if self.config.pretrain.steps == 0:
-            reset_untrained(self.model, self.views, self.config, self.machine, self.ranks)
-        network = wrap_network(self.pretext, self.config, self.machine, self.ranks)
-        self._start_meter()
-        for step, batch in self._batches():
-            with self._trace(step):
-                values = training_step(network, self.optimizer, batch, self.config, step, self.ranks, self.meter, bool(stop_requests))
-            stopping = values.pop('stop')
-            self.meter.end_step()
-            self.history.append(dict(step=step) | values)
-            if self.writes:
-                self._write_progress(stopping)
-            if stopping:
-                self._stop(stop_requests)
+# %% ../../nbs/39a_training.pretrain.ipynb #4e85559d
+@patch
+def run(
+    self: Trainer,
+    stop_requests: list, # numbers of signals that have asked the run to end
+):
+    "Train up to the last step; raises `Stopped` when asked to end, `Diverged` when a loss is no number."
+    if self.config.pretrain.steps == 0:
+        reset_untrained(self.model, self.views, self.config, self.machine, self.ranks)
+    network = wrap_network(self.pretext, self.config, self.machine, self.ranks)
+    self._start_meter()
+    for step, batch in self._batches():
+        with self._trace(step):
+            values = training_step(network, self.optimizer, batch, self.config, step,
+                                   self.ranks, self.meter, bool(stop_requests))
+        stopping = values.pop('stop')
+        self.meter.end_step()
+        self.history.append(dict(step=step) | values)
         if self.writes:
-            self.log.close()
-            if self.config.pretrain.steps > self.start:
-                self._print_report()
-
-    def _batches(self):
-        "Yield the number and the batch of each step that is left."
-        steps, ranks = self.config.pretrain.steps, self.ranks
-        loader = training_batches(self.views, self.config.pretrain.batch, steps, self.start, self.machine.workers,
-                                  ranks.rank, ranks.size)
-        batches = copied_ahead(loader, ranks.device)
-        self.bar = range(self.start, steps)
-        if self.writes:
-            self.bar = progress(self.bar, f'{self.config.variant}, seed {self.config.seed}', steps, initial=self.start)
-        for step in self.bar:
-            with self.meter('data'):
-                batch = next(batches)
-            yield step, batch
-            if step == self.start + 1: # everything has been compiled and read once
-                ranks.limit_waiting(STEP_PATIENCE)
-
-    def _start_meter(self):
-        "Begin to measure time and traffic."
-        ranks = self.ranks
-        self.meter = ranks.timed = StepMeter(ranks.device)
-        self.sent_before, self.saved_at = ranks.sent, time.monotonic()
-        self.teraflops, self.gradient_bytes = 0, 0
-        if self.writes:
-            self.teraflops = self.config.pretrain.batch/ranks.size*clip_teraflops(self.config)
-            self.gradient_bytes = sum(4*p.numel() for p in self.pretext.parameters() if p.requires_grad)
-            events = self.live if self.machine.tensorboard else None
-            self.log = StepLog(self.checkpoints.folder/'steps.csv', self.history, self.config.columns, events)
-
-    def _trace(self, step: int):
-        "A context that traces the step where `machine.trace` names it."
-        wanted = self.writes and step in self.machine.trace
-        return trace_step(self.live/f'step-{step}.json') if wanted else nullcontext()
-
-    def _write_progress(
-        self,
-        stopping: bool, # whether this was the last step for now
-    ):
-        "Show the losses of a step; keep the state if it is time."
-        done, losses = len(self.history), self.history[-1]
-        parts = [f"{name.removesuffix('_loss')} {losses[name]:.3f}" for name in self.config.pretext.losses]
-        self.bar.set_postfix_str(' '.join(parts), refresh=False)
-        self.log.add(losses)
-        if done - self.start == 10:
-            self.bar.write(expected_duration(self.meter, self.config.pretrain.steps - done))
-        due = time.monotonic() - self.saved_at > 60*self.machine.checkpoint_minutes
-        if due or stopping:
-            self.checkpoints.save(self.history, self.pretext, self.optimizer)
-            self.saved_at = time.monotonic()
+            self._write_progress(stopping)
+        if stopping:
+            self._stop(stop_requests)
+    if self.writes:
+        self.log.close()
+        if self.config.pretrain.steps > self.start:
             self._print_report()
 
-    def _print_report(self):
-        "Print where the time of the last steps went."
-        sent = 0
-        if self.ranks.size > 1:
-            steps = len(self.history) - self.start
-            sent = self.gradient_bytes + (self.ranks.sent - self.sent_before)/steps
-        self.bar.write(step_report(self.meter, self.config.pretrain.batch, self.teraflops, sent))
+# %% ../../nbs/39a_training.pretrain.ipynb #50ea5b87
+@patch
+def _batches(self: Trainer):
+    "Yield the number and the batch of each step that is left."
+    steps, ranks = self.config.pretrain.steps, self.ranks
+    loader = training_batches(self.views, self.config.pretrain.batch, steps, self.start, self.machine.workers,
+                              ranks.rank, ranks.size)
+    batches = copied_ahead(loader, ranks.device)
+    self.bar = range(self.start, steps)
+    if self.writes:
+        self.bar = progress(self.bar, f'{self.config.variant}, seed {self.config.seed}', steps, initial=self.start)
+    for step in self.bar:
+        with self.meter('data'):
+            batch = next(batches)
+        yield step, batch
+        if step == self.start + 1: # everything has been compiled and read once
+            ranks.limit_waiting(STEP_PATIENCE)
 
-    def _stop(self, stop_requests):
-        "Raise `Stopped` when the first process has written."
-        if self.writes:
-            self.log.close()
-        self.ranks.barrier()
-        number = signal.Signals(stop_requests[0] if stop_requests else signal.SIGTERM)
-        step = self.history[-1]['step']
-        raise Stopped(f'stopped by {number.name} after step {step}: the same call resumes from {self.checkpoints.folder}', number)
+# %% ../../nbs/39a_training.pretrain.ipynb #a3b82bf9
+@patch
+def _start_meter(self: Trainer):
+    "Begin to measure time and traffic."
+    ranks = self.ranks
+    self.meter = ranks.timed = StepMeter(ranks.device)
+    self.sent_before, self.saved_at = ranks.sent, time.monotonic()
+    self.teraflops, self.gradient_bytes = 0, 0
+    if self.writes:
+        self.teraflops = self.config.pretrain.batch/ranks.size*clip_teraflops(self.config)
+        self.gradient_bytes = sum(4*p.numel() for p in self.pretext.parameters() if p.requires_grad)
+        events = self.live if self.machine.tensorboard else None
+        self.log = StepLog(self.checkpoints.folder/'steps.csv', self.history, self.config.columns, events)
 
-    def losses(self) -> pd.DataFrame: # step, loss, its parts and lr
-        "A row for each step."
-        return pd.DataFrame(self.history, columns=['step', *self.config.columns])
+@patch
+def _trace(self: Trainer, step: int):
+    "A context that traces the step where `machine.trace` names it."
+    wanted = self.writes and step in self.machine.trace
+    return trace_step(self.live/f'step-{step}.json') if wanted else nullcontext()
 
-    def write(
-        self,
-        out: Path, # folder of checkpoint.pt and steps.csv
-        data: str, # hash of the clips
-    ):
-        "Write the losses and the weights of the finished run, and remove its state."
-        out.mkdir(parents=True, exist_ok=True)
-        with atomic_path(out/'steps.csv') as path:
-            self.losses().to_csv(path, index=False)
-        save_checkpoint(out/'checkpoint.pt', self.config, data, len(self.history), self.model.cpu())
-        self.checkpoints.remove()
+# %% ../../nbs/39a_training.pretrain.ipynb #f39febd3
+@patch
+def _write_progress(
+    self: Trainer,
+    stopping: bool, # whether this was the last step for now
+):
+    "Show the losses of a step; keep the state if it is time."
+    done, losses = len(self.history), self.history[-1]
+    parts = [f"{name.removesuffix('_loss')} {losses[name]:.3f}" for name in self.config.pretext.losses]
+    self.bar.set_postfix_str(' '.join(parts), refresh=False)
+    self.log.add(losses)
+    if done - self.start == 10:
+        self.bar.write(expected_duration(self.meter, self.config.pretrain.steps - done))
+    due = time.monotonic() - self.saved_at > 60*self.machine.checkpoint_minutes
+    if due or stopping:
+        self.checkpoints.save(self.history, self.pretext, self.optimizer)
+        self.saved_at = time.monotonic()
+        self._print_report()
+
+# %% ../../nbs/39a_training.pretrain.ipynb #ef873734
+@patch
+def _print_report(self: Trainer):
+    "Print where the time of the last steps went."
+    sent = 0
+    if self.ranks.size > 1:
+        steps = len(self.history) - self.start
+        sent = self.gradient_bytes + (self.ranks.sent - self.sent_before)/steps
+    self.bar.write(step_report(self.meter, self.config.pretrain.batch, self.teraflops, sent))
+
+# %% ../../nbs/39a_training.pretrain.ipynb #31084e87
+@patch
+def _stop(self: Trainer, stop_requests):
+    "Raise `Stopped` when the first process has written."
+    if self.writes:
+        self.log.close()
+    self.ranks.barrier()
+    number = signal.Signals(stop_requests[0] if stop_requests else signal.SIGTERM)
+    step = self.history[-1]['step']
+    raise Stopped(f'stopped by {number.name} after step {step}: '
+                  f'the same call resumes from {self.checkpoints.folder}', number)
+
+# %% ../../nbs/39a_training.pretrain.ipynb #f296dd45
+@patch
+def losses(self: Trainer) -> pd.DataFrame: # step, loss, its parts and lr
+    "A row for each step."
+    return pd.DataFrame(self.history, columns=['step', *self.config.columns])
+
+@patch
+def write(
+    self: Trainer,
+    out: Path, # folder of checkpoint.pt and steps.csv
+    data: str, # hash of the clips
+):
+    "Write the losses and the weights of the finished run, and remove its state."
+    out.mkdir(parents=True, exist_ok=True)
+    with atomic_path(out/'steps.csv') as path:
+        self.losses().to_csv(path, index=False)
+    save_checkpoint(out/'checkpoint.pt', self.config, data, len(self.history), self.model.cpu())
+    self.checkpoints.remove()
 
 # %% ../../nbs/39a_training.pretrain.ipynb #015
 def train(
@@ -328,7 +354,9 @@ def train(
 ) -> pd.DataFrame: # step, loss, its parts and lr of each step
     "Pretrain as one process of a run, resume it where it was interrupted, and write its checkpoint."
     out = Path(out)
-    with process_group() as ranks, stop_signals() as stop_requests, only_run(out, resume) if ranks.rank == 0 else nullcontext():
+    with (process_group() as ranks,
+          stop_signals() as stop_requests,
+          only_run(out, resume) if ranks.rank == 0 else nullcontext()):
         stores = [ClipStore(Path(clips)/name) for name in config.pretrain.datasets]
         data = data_hash(stores)
         finished = read_finished(out, config, data)
@@ -345,12 +373,14 @@ def train(
 # %% ../../nbs/39a_training.pretrain.ipynb #017
 def _check_devices(config: RunConfig, machine: MachineConfig):
     "Raise `InputError` where this machine cannot carry out the run."
-    available = torch.cuda.device_count() if torch.cuda.is_available() else None # without GPUs: processes on the CPU
-    if available is not None and available < machine.gpus:
-        raise InputError(f'machine.gpus asks for {machine.gpus} GPUs, this machine has {available}')
+    if torch.cuda.is_available(): # without GPUs: processes on the CPU
+        available = torch.cuda.device_count()
+        if available < machine.gpus:
+            raise InputError(f'machine.gpus asks for {machine.gpus} GPUs, this machine has {available}')
     if config.pretrain.batch % machine.gpus:
         raise InputError(f'a batch of {config.pretrain.batch} clips cannot be shared evenly by {machine.gpus} GPUs')
 
+# %% ../../nbs/39a_training.pretrain.ipynb #902bc468
 def pretrain(
     params: dict, # all of params.yaml
     variant: str, # a row of `variants`
@@ -378,13 +408,15 @@ def _parser() -> argparse.ArgumentParser:
     "The command line of this module."
     parser = argparse.ArgumentParser('python -m glcm.training.pretrain', description=main.__doc__)
     parser.add_argument('variant', help='a row of `variants` in the parameters')
-    parser.add_argument('--seed', type=int, default=0, help='of the weights, the order of the clips and their augmentation (%(default)s)')
+    parser.add_argument('--seed', type=int, default=0,
+                        help='of the weights, the order of the clips and their augmentation (%(default)s)')
     parser.add_argument('--params', default='params.yaml', help='file of parameters (%(default)s)')
     parser.add_argument('--clips', default='artifacts/clips', help='folder of clip shards (%(default)s)')
     parser.add_argument('--out', help='folder for checkpoint.pt and steps.csv (artifacts/pretrain/VARIANT-SEED)')
     parser.add_argument('--resume', help='folder for the state of the unfinished run (artifacts/.resume/VARIANT-SEED)')
     return parser
 
+# %% ../../nbs/39a_training.pretrain.ipynb #a0664d9b
 def main(arguments: list[str] | None = None):
     "Pretrain as one process of `torchrun`, or alone: `python -m glcm.training.pretrain --help`."
     options = _parser().parse_args(arguments)
