@@ -248,7 +248,8 @@ def test_stage_of_a_dataset_without_boxes(speech, tmp_path, monkeypatch):
             printed += output.get('text', '')
     assert 'has boxes: there is nothing to score' in printed
     files = sorted(path.name for path in (tmp_path/'out').iterdir())
-    assert files == ['attention.png', 'listening.csv', 'matching.csv', 'offsets.csv', 'scores.csv', 'synchronisation.csv']
+    tables = ['listening.csv', 'matching.csv', 'offsets.csv', 'scores.csv', 'synchronisation.csv']
+    assert files == ['attention.png', *tables]
     scores = pd.read_csv(tmp_path/'out'/'scores.csv')
     synchronisation = pd.read_csv(tmp_path/'out'/'synchronisation.csv')
     assert scores.empty and summarise_localization(scores).loc['model'].isna().all()

@@ -48,16 +48,16 @@ def test_neighbours_are_those_of_a_loop(films, tmp_path, values):  # noqa: F811
     settings = neighbours_config(**values)
     table = finetune(*new_model(), films, settings, 0, keep=tmp_path).set_index('clip')
     clips = features_by_hand(films, settings)
-    train = [i for i, row in enumerate(films.clips) if row['split'] == 'train']
-    tested = [i for i, row in enumerate(films.clips) if row['split'] == 'test']
+    train, tested = films.select(split='train'), films.select(split='test')
     assert list(table.index) == [films.clips[i]['clip'] for i in tested]
     for i in tested:
-        by_similarity = sorted(train, key=lambda k: -cosine(clips[i], clips[k]))
-        labels = [films.clips[k]['label'] for k in by_similarity[:5]]
+        similarity = {k: cosine(clips[i], clips[k]) for k in train}
+        nearest = sorted(train, key=similarity.get, reverse=True)[:5]
+        labels = [films.clips[k]['label'] for k in nearest]
         row = table.loc[films.clips[i]['clip']]
         assert json.loads(row.neighbours) == labels
         assert row.predicted == labels[0]
-        assert row.confidence == pytest.approx(cosine(clips[i], clips[by_similarity[0]]), abs=2e-5)
+        assert row.confidence == pytest.approx(similarity[nearest[0]], abs=2e-5)
     network, _ = load_network(tmp_path/'test.pt')
     expected = torch.stack([clips[k]/clips[k].norm() for k in train]).float()
     torch.testing.assert_close(network.memory, expected, rtol=1e-4, atol=1e-5)

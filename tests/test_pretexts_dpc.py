@@ -1,5 +1,6 @@
 """DPC's recurrence, predictions and loss are what the paper says, and no prediction has seen what it predicts."""
 import math
+from itertools import product
 
 import pytest
 import torch
@@ -37,8 +38,10 @@ def gru_of_maps(recurrence, x, state):
         return F.conv2d(maps, weight[..., None, None], bias).chunk(3, 1)
     inputs = gates(recurrence.weight_ih, recurrence.bias_ih, x)
     states = gates(recurrence.weight_hh, recurrence.bias_hh, state)
-    reset, update = ((i + s).sigmoid() for i, s in zip(inputs[:2], states[:2]))
-    return (1 - update)*(inputs[2] + reset*states[2]).tanh() + update*state
+    reset = (inputs[0] + states[0]).sigmoid()
+    update = (inputs[1] + states[1]).sigmoid()
+    new = (inputs[2] + reset*states[2]).tanh()
+    return (1 - update)*new + update*state
 
 
 def linear_of_maps(layer, maps):
@@ -50,16 +53,18 @@ def outputs_by_hand(network, views):
     config = network.run.pretext
     features = encode_blocks(network.model, views['video'], config.block_frames)
     B, N, C, h, w = features.shape
-    z = [linear_of_maps(network.project, features[:, t]) for t in range(N)]
-    kept = views['kept'].double().unflatten(2, (h, w)).permute(1, 0, 4, 2, 3)/(1 - config.dropout)
-    state, predictions = torch.zeros(B, C, h, w, dtype=torch.float64), []
+    seen = N - config.predicted
+    z = [linear_of_maps(network.project, block) for block in features.unbind(1)]
+    kept = views['kept'].double().unflatten(2, (h, w)).permute(1, 0, 4, 2, 3) # (N - 1, B, C, h, w)
+    state = torch.zeros(B, C, h, w, dtype=torch.float64)
+    predictions = []
     for t in range(N - 1):
-        x = z[t] if t < N - config.predicted else predictions[-1]
-        state = gru_of_maps(network.recurrence, x.relu(), state)*kept[t]
-        if t >= N - config.predicted - 1: # the next block is to be predicted
+        x = z[t] if t < seen else predictions[-1]
+        state = gru_of_maps(network.recurrence, x.relu(), state)*kept[t]/(1 - config.dropout)
+        if t >= seen - 1: # the next block is to be predicted
             hidden = linear_of_maps(network.predict[0], state).relu()
             predictions.append(linear_of_maps(network.predict[2], hidden))
-    return [torch.stack(maps, 1).permute(0, 1, 3, 4, 2) for maps in (predictions, z[N - config.predicted:])]
+    return [torch.stack(maps, 1).permute(0, 1, 3, 4, 2) for maps in (predictions, z[seen:])]
 
 
 @pytest.mark.parametrize('changes', [{}, dict(pretext=dict(predicted=3)), PAPER], ids=['one', 'three', 'paper'])
@@ -83,7 +88,7 @@ def test_no_prediction_has_seen_what_it_predicts():
 
 def slow_dpc(predictions, targets):
     "The loss over (clip, block, cell) by its definition."
-    index = [(b, p, s) for b in range(2) for p in range(3) for s in range(2)]
+    index = list(product(range(2), range(3), range(2)))
     total = 0.
     for positive in index:
         scores = [float(predictions[positive] @ targets[other]) for other in index]

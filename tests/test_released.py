@@ -2,8 +2,9 @@
 
 released.json holds what that code computed: repository yunyikristy/global_local, commit 75c3c89, `GlobalLocal` of
 model.py with no line changed, in float64 on a CPU, in training mode. Weights and clips were those made here by formulas
-that any machine evaluates alike, with the names of parameters mapped by `THEIRS`. Two things were put in from outside,
-the same on both sides. Its audio encoder is another one (LeakyReLU, biases, no pooling, no stride): features of 96 slices take
+that any machine evaluates alike, with the names of parameters mapped by `THEIRS`. Two things were put in from
+outside, the same on both sides. Its audio encoder is another one (LeakyReLU, biases, no pooling, no stride):
+features of 96 slices take
 the place of both. Its normalisation of frames has a slip of precedence: it was given ours. Compared are the two visual
 encoders, the four projections, the attention, both losses, and the gradient of their sum for each parameter. Attention
 and pooled features are not among what it returns; they were read by hooks on its layers.

@@ -30,8 +30,11 @@ class Harness:
             yield audio, torch.randn(length*FRAME_RATE, 3, 112, 112, generator=generator)
 
     def layers(self, clips):
-        pairs = [(self.upstream.preprocess_audio(audio, SAMPLE_RATE), self.upstream.preprocess_video(video, FRAME_RATE))
-                 for audio, video in clips]
+        pairs = []
+        for audio, video in clips:
+            sound = self.upstream.preprocess_audio(audio, SAMPLE_RATE)
+            frames = self.upstream.preprocess_video(video, FRAME_RATE)
+            pairs.append((sound, frames))
         return self.upstream(pairs)[self.chosen]
 
     def weighted_sum(self, layers):
@@ -79,10 +82,14 @@ def test_a_longer_clip_beside_it_changes_nothing_of_a_clips_pictures(upstream):
 
 def test_nothing_learns_and_frames_may_be_floats_by_then(upstream):
     audio, video = next(Harness(upstream, 'video_feats').noise(2))
-    pair = upstream.preprocess_audio(audio, SAMPLE_RATE), upstream.preprocess_video(100*video + 128, FRAME_RATE)
-    expected, found = upstream([pair]), upstream([(pair[0], pair[1].float())])
-    for name, layers in expected.items():
-        assert all(torch.equal(*both) and not both[0].requires_grad for both in zip(layers, found[name], strict=True))
+    audio = upstream.preprocess_audio(audio, SAMPLE_RATE)
+    video = upstream.preprocess_video(100*video + 128, FRAME_RATE)
+    expected = upstream([(audio, video)])
+    found = upstream([(audio, video.float())])
+    for name in expected:
+        for layer, same in zip(expected[name], found[name], strict=True):
+            assert torch.equal(layer, same)
+            assert not layer.requires_grad
     assert not any(p.requires_grad for p in upstream.parameters())
 
 
@@ -111,12 +118,15 @@ def test_encoders_that_a_pretext_did_not_train_are_no_features(tmp_path):
     assert counts == dict(video_feats=4, audio_feats=0, fusion_feats=0)
 
 
-@pytest.mark.parametrize('count, rate, wanted',
-                         [(50, 25, 10), (48, 16, 10), (30, 29.97, 10), (20, 10, 25), (1, 30, 10)])
+RATES = [(50, 25, 10), (48, 16, 10), (30, 29.97, 10), (20, 10, 25), (1, 30, 10)]
+
+
+@pytest.mark.parametrize('count, rate, wanted', RATES)
 def test_a_frame_is_the_one_that_is_shown_at_its_time(count, rate, wanted):
     "The last frame that has begun by then."
     for k, number in enumerate(frames_at(count, rate, wanted).tolist()):
-        begun = [n for n in range(count) if n/rate <= k/wanted + 1e-6]
+        time = k/wanted + 1e-6
+        begun = [n for n in range(count) if n/rate <= time]
         assert number == begun[-1]
 
 

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from ..tasks.attend import AttendedClip, AttendedVideo, ClipSimilarity
 
 # %% ../../nbs/50_report.figures.ipynb #005
-LOSSES = dict(global_loss='global loss (Eq. 1)', local_loss='local loss (Eq. 2)') # titles of the parts of the paper's loss
+LOSSES = dict(global_loss='global loss (Eq. 1)', local_loss='local loss (Eq. 2)') # titles, of the paper's loss
 
 def plot_loss(
     ax: plt.Axes,
@@ -37,12 +37,15 @@ def plot_loss(
     ax.legend(frameon=False)
     sns.despine(ax=ax)
 
+# %% ../../nbs/50_report.figures.ipynb #b2903877
 def plot_losses(
     histories: dict, # name of the run -> its steps.csv as a table
     window: int = 25, # of the running mean, training steps
 ) -> plt.Figure:
     "The parts of the loss against the training step, for one or more runs."
-    columns = {name: None for table in histories.values() for name in table if name.endswith('_loss')}
+    columns = []
+    for table in histories.values():
+        columns += [name for name in table if name.endswith('_loss') and name not in columns]
     rows = -(-len(columns)//2)
     fig, axes = plt.subplots(rows, 2, figsize=(9, 3*rows), sharex=True, squeeze=False)
     for ax, column in zip(axes.flat, columns):

@@ -55,6 +55,7 @@ def resize_scores(
     frame = F.interpolate(scores.unsqueeze(1), size, mode='bilinear', align_corners=False)
     return frame[0, 0].cpu().numpy()
 
+# %% ../../nbs/48_tasks.localize.ipynb #533949d2
 def embed_span(
     model: GLCM, # in evaluation mode, on any device
     video: torch.Tensor, # (1, 3, T, h, w) uint8
@@ -112,6 +113,7 @@ def own_clips(
     own = numbers[ranks.rank::ranks.size]
     return progress(own, 'clips') if ranks.rank == 0 else own
 
+# %% ../../nbs/48_tasks.localize.ipynb #30c4fe61
 SCORE_COLUMNS = ['clip', 'group', 'label', 'method', 'pointing', 'ciou', 'ciou_median', 'area']
 
 def localize(

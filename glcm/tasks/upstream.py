@@ -77,8 +77,8 @@ def separate_layers(
 
 # %% ../../nbs/49e_tasks.upstream.ipynb #012
 MODALITIES = dict(video_feats='video', audio_feats='audio', fusion_feats='video+audio')
-UNTRAINED = dict(target='label', epochs=1, batch=2, lr=0.001, weight_decay=0.0, frames=1, # nothing is trained here
-                 probe=True, encoder_layers='sum')
+UNTRAINED = dict( # nothing is trained here
+    target='label', epochs=1, batch=2, lr=0.001, weight_decay=0.0, frames=1, probe=True, encoder_layers='sum')
 
 def layer_networks(
     model: GLCM, # pretrained
@@ -112,21 +112,33 @@ class UpstreamExpert(nn.Module):
         self.video_frame_size = self.run.views.crop, self.run.views.crop
         self.networks = layer_networks(model, self.run).eval()
 
-    def preprocess_video(self, video, video_frame_rate): # (T, 1 or 3, h, w) in 0..255 to (T', 3, side, side) uint8
-        "Frames as `forward` takes them."
-        shown = frames_at(len(video), float(video_frame_rate), self.video_frame_rate)
-        return square_frames(video[shown], self.run.views.crop)
+# %% ../../nbs/49e_tasks.upstream.ipynb #37c3c538
+@patch
+def preprocess_video(
+    self: UpstreamExpert,
+    video: torch.Tensor, # (T, 1 or 3, h, w) in 0..255
+    video_frame_rate: float,
+) -> torch.Tensor: # (T', 3, side, side) uint8
+    "Frames as `forward` takes them."
+    shown = frames_at(len(video), float(video_frame_rate), self.video_frame_rate)
+    return square_frames(video[shown], self.run.views.crop)
 
-    def preprocess_audio(self, audio, audio_sample_rate): # (n,) or (channels, n) in -1..1 to (N, F)
-        "Sound as `forward` takes it."
-        return mel_columns(audio, audio_sample_rate, self.run)
+@patch
+def preprocess_audio(
+    self: UpstreamExpert,
+    audio: torch.Tensor, # (n,) or (channels, n) in -1..1
+    audio_sample_rate: int,
+) -> torch.Tensor: # (N, F)
+    "Sound as `forward` takes it."
+    return mel_columns(audio, audio_sample_rate, self.run)
 
-    def get_downsample_rates(self, key: str) -> int:
-        "Samples of sound for a step of a list."
-        steps_per_second = self.video_frame_rate
-        if key == 'audio_feats':
-            steps_per_second *= self.run.model.slices_per_step
-        return round(self.audio_sample_rate/steps_per_second)
+@patch
+def get_downsample_rates(self: UpstreamExpert, key: str) -> int:
+    "Samples of sound for a step of a list."
+    steps_per_second = self.video_frame_rate
+    if key == 'audio_feats':
+        steps_per_second *= self.run.model.slices_per_step
+    return round(self.audio_sample_rate/steps_per_second)
 
 # %% ../../nbs/49e_tasks.upstream.ipynb #014
 def pad_pairs(
@@ -136,7 +148,8 @@ def pad_pairs(
     "Pairs as a batch; sound that is longer or shorter than its frames is cut or goes on as silence."
     audios, videos = zip(*source)
     length = torch.tensor([len(video) for video in videos])
-    video = pad_sequence([video.round().clamp(0, 255).to(torch.uint8) for video in videos], batch_first=True)
+    whole = [video.round().clamp(0, 255).to(torch.uint8) for video in videos]
+    video = pad_sequence(whole, batch_first=True)
     columns = int(length.max())*columns_per_step
     silence = scale_mel(torch.tensor(-5.)).item() # the least that a spectrogram has
     audio = pad_sequence(list(audios), batch_first=True, padding_value=silence)[:, :columns]

@@ -8,10 +8,12 @@ __all__ = ['SORTED', 'LENGTH_AXIS', 'PADDING', 'sound_window', 'picture_window',
 
 # %% ../../nbs/43_tasks.windows.ipynb #002
 from collections.abc import Iterable
+from itertools import product
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 
@@ -84,30 +86,42 @@ class LabelledWindows(Dataset):
             window['mel'] = self._sound(key, start, frames)
         return window
 
-    def _pictures(self, key, start, frames) -> torch.Tensor: # (frames, 3 side/2, side) uint8
-        row = self.store.clips[key.clip]
-        rng = generator(self.seed, 'place', key.epoch, key.clip)
-        flip = False
-        if key.place is None:
-            flip = rng.random() < self.config.flip
-            place = rng.random(2)
-        elif row['width'] >= row['height']:
-            place = (0.5, key.place)
-        else:
-            place = (key.place, 0.5)
-        planes = self.store.planes(key.clip, start, min(row['steps'], start + frames))
-        try:
-            return torch.from_numpy(picture_window(planes, frames, self.crop, place, flip))
-        except InputError as e:
-            raise InputError(f"clip {row['clip']} of {self.store.folder}: {e}; "
-                             'store larger frames (datasets.*.short_side) or crop less') from None
+# %% ../../nbs/43_tasks.windows.ipynb #64a0a30c
+@patch
+def _crop(self: LabelledWindows, key) -> tuple: # place of the square, from top to bottom and from left to right; flip
+    "Where the crop of a window is, and whether it is flipped."
+    row = self.store.clips[key.clip]
+    rng = generator(self.seed, 'place', key.epoch, key.clip)
+    if key.place is None:
+        flip = rng.random() < self.config.flip
+        return rng.random(2), flip
+    if row['width'] >= row['height']:
+        return (0.5, key.place), False
+    return (key.place, 0.5), False
 
-    def _sound(self, key, start, frames) -> torch.Tensor: # (F, columns) float32
-        mel, about = torch.from_numpy(self.store.mel(key.clip)), self.store.about
-        first, columns = columns_until(np.array([start, frames]), about['fps'], about['columns_per_second'])
-        if not self.config.uses_video: # sound alone begins at any column
-            first = round(key.time*max(0, mel.shape[1] - columns))
-        return sound_window(mel, int(columns), int(first))
+@patch
+def _pictures(self: LabelledWindows, key, start, frames) -> torch.Tensor: # (frames, 3 side/2, side) uint8
+    "The frames of a window; raises `InputError` where they are smaller than the crop."
+    row = self.store.clips[key.clip]
+    place, flip = self._crop(key)
+    planes = self.store.planes(key.clip, start, min(row['steps'], start + frames))
+    try:
+        return torch.from_numpy(picture_window(planes, frames, self.crop, place, flip))
+    except InputError as e:
+        raise InputError(f"clip {row['clip']} of {self.store.folder}: {e}; "
+                         'store larger frames (datasets.*.short_side) or crop less') from None
+
+# %% ../../nbs/43_tasks.windows.ipynb #098b5a23
+@patch
+def _sound(self: LabelledWindows, key, start, frames) -> torch.Tensor: # (F, columns) float32
+    "The spectrogram of a window."
+    about = self.store.about
+    mel = torch.from_numpy(self.store.mel(key.clip))
+    steps = np.array([start, frames])
+    first, columns = columns_until(steps, about['fps'], about['columns_per_second'])
+    if not self.config.uses_video: # sound alone begins at any column
+        first = round(key.time*max(0, mel.shape[1] - columns))
+    return sound_window(mel, int(columns), int(first))
 
 # %% ../../nbs/43_tasks.windows.ipynb #011
 SORTED = 8 # batches whose clips are sorted by length together
@@ -149,7 +163,8 @@ def test_keys(
     places = [0.5] if config.crops == 1 else [0.0, 0.5, 1.0]
     batches = []
     for clip in clips:
-        batches.append([WindowKey(0, clip, float(time), place) for time in times for place in places])
+        windows = product(times, places)
+        batches.append([WindowKey(0, clip, float(time), place) for time, place in windows])
     return batches
 
 # %% ../../nbs/43_tasks.windows.ipynb #014
