@@ -195,6 +195,44 @@ def test_stills_may_end_before_the_sound(tmp_path):
     assert abs(len(recording.planes) - 100) <= 2 and abs(len(recording.waveform)/24000 - 15) < 0.1
 
 
+def paused(path, resumes, options):
+    "A film of 20 s with sound, without pictures from 3 s to picture number `resumes`, of which 25 make a second."
+    with av.open(str(path), 'w', options=options) as container:
+        video = container.add_stream('libx264', rate=25, options={'crf': '12', 'bf': '3'})
+        audio = container.add_stream('aac', rate=RATE, layout='mono')
+        video.width, video.height, video.pix_fmt = 96, 64, 'yuv420p'
+        for number, picture in enumerate(pictures(20)):
+            if not 75 <= number < resumes:
+                frame = av.VideoFrame.from_ndarray(picture, format='rgb24')
+                frame.pts, frame.time_base = number, Fraction(1, 25)
+                container.mux(video.encode(frame))
+        container.mux(video.encode(None))
+        sound = av.AudioFrame.from_ndarray(tone(20)[None], format='fltp', layout='mono')
+        for piece in split(sound, 1024):
+            container.mux(audio.encode(piece))
+        container.mux(audio.encode(None))
+    return path
+
+
+FRAGMENTED = {'movflags': 'frag_keyframe+empty_moov'}
+
+
+@pytest.mark.parametrize('suffix,options', [('mp4', {}), ('mp4', FRAGMENTED), ('mkv', {})])
+@pytest.mark.parametrize('resumes', [325, 450])
+def test_a_pause_of_pictures_that_refer_to_later_ones(tmp_path, suffix, options, resumes):
+    "The duration of a picture in mp4 is the step to the next one in the file, which is not the next one shown."
+    path = paused(tmp_path/f'film.{suffix}', resumes, options)
+    recording = read_recording(path, 10, 64, 24000)
+    assert len(recording.planes) == 200 and abs(len(recording.waveform)/24000 - 20) < 0.1
+    assert_in_step(recording)
+    marks = recording.planes[:, 2, 2].astype(int)
+    held = marks[30:resumes*10//25]
+    assert held.max() - held.min() <= 1 and len(set(marks[-20:])) > 5
+    assert len(read_recording(path, 10, 64, None).planes) == 200
+    span = read_recording(path, 10, 64, 24000, 2.0, 19.0)
+    np.testing.assert_array_equal(span.planes, recording.planes[20:190])
+
+
 @pytest.mark.parametrize('promised', [1.0, 100.0])
 def test_a_header_of_the_wrong_length(tmp_path, promised):
     data = bytearray(film(tmp_path/'film.flv').read_bytes())

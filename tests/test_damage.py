@@ -99,12 +99,45 @@ def test_wav_that_was_cut_is_refused(tmp_path, kind, share):
         beep(tmp_path/'a.wav')
 
 
-def encoded(path, codec, container=None, tags=None):
+def nist():
+    "The beep as a NIST sphere file."
+    lines = ['NIST_1A', '   1024', f'sample_count -i {len(BEEP)}', 'sample_n_bytes -i 2', 'channel_count -i 1',
+             'sample_byte_format -s2 01', f'sample_rate -i {RATE}', 'sample_coding -s3 pcm', 'end_head', '']
+    return '\n'.join(lines).encode().ljust(1024) + NUMBERS
+
+
+def muxed(codec, container):
+    "The beep as plain numbers in a container that PyAV writes."
+    file = io.BytesIO()
+    sound = av.AudioFrame.from_ndarray((32767*BEEP).astype(np.int16)[None], 's16', 'mono')
+    sound.sample_rate = RATE
+    with av.open(file, 'w', container) as out:
+        stream = out.add_stream(codec, rate=RATE, layout='mono')
+        out.mux([*stream.encode(sound), *stream.encode(None)])
+    return file.getvalue()
+
+
+PLAIN = {'au': ('pcm_s16be', 'au'), 'aiff': ('pcm_s16be', 'aiff'), 'aifc': ('pcm_s16le', 'aiff')}
+
+
+@pytest.mark.parametrize('suffix', [*PLAIN, 'sph'])
+@pytest.mark.parametrize('odd', [0, 1])
+def test_plain_numbers_that_were_cut_are_refused(tmp_path, suffix, odd):
+    path, content = tmp_path/f'a.{suffix}', muxed(*PLAIN[suffix]) if suffix in PLAIN else nist()
+    path.write_bytes(content)
+    at, seconds = beep(path)
+    assert abs(at - 1) < 0.01 and abs(seconds - SECONDS) < 0.1
+    path.write_bytes(content[:len(content)//4*2 + odd])
+    with pytest.raises(Rejection, match='cut off'):
+        beep(path)
+
+
+def encoded(path, codec, container=None, tags=None, rate=RATE):
     "The beep in a compressed file."
     with av.open(str(path), 'w', container) as out:
         out.metadata.update(tags or {})
         layout = 'stereo' if codec == 'vorbis' else 'mono' # all that FFmpeg's own encoder knows
-        stream = out.add_stream(codec, rate=RATE, layout=layout, options=dict(strict='-2'))
+        stream = out.add_stream(codec, rate=rate, layout=layout, options=dict(strict='-2'))
         frame = av.AudioFrame.from_ndarray(BEEP[None], 'fltp', 'mono')
         frame.sample_rate = RATE
         resampler = av.AudioResampler(format=stream.format.name, layout=layout, rate=stream.rate,
@@ -117,6 +150,25 @@ def encoded(path, codec, container=None, tags=None):
         last = stream.encode(None) # FLAC ends with a packet that holds nothing
         out.mux([packet for packet in last if packet.pts is not None])
     return path.read_bytes()
+
+
+NO_HEADER = bytes.fromhex('fffbffef') + bytes(189) # begins as a header of AAC does, and is none
+
+
+def test_a_raw_stream_that_begins_in_the_middle_of_a_packet_is_read(tmp_path):
+    aac, ac3 = tmp_path/'a.aac', tmp_path/'a.ac3'
+    aac.write_bytes(NO_HEADER + encoded(aac, 'aac', 'adts'))
+    at, seconds = beep(aac)
+    assert abs(at - 1) < 0.06 and abs(seconds - SECONDS) < 0.1
+    whole = encoded(ac3, 'ac3', 'ac3', rate=48000)
+    for missing in (75, 600, 2000):
+        ac3.write_bytes(whole[missing:])
+        at, seconds = beep(ac3)
+        assert abs(seconds - at - 2) < 0.06 and SECONDS - 0.25 < seconds < SECONDS
+    middle = len(whole)//2
+    ac3.write_bytes(whole[:middle] + bytes(300) + whole[middle + 300:])
+    with pytest.raises(Rejection, match='does not decode'):
+        beep(ac3)
 
 
 def crc(page):
@@ -216,6 +268,37 @@ def avi(tmp_path):
         for packet in sorted(packets, key=lambda packet: float(packet.dts*packet.time_base)):
             out.mux(packet)
     return (tmp_path/'film.avi').read_bytes()
+
+
+def test_avi_whose_header_counts_too_few_pictures_is_read(tmp_path, avi):
+    at = avi.index(b'strh') + 40
+    assert struct.unpack('<I', avi[at:at + 4]) == (30,)
+    (tmp_path/'a.avi').write_bytes(avi[:at] + struct.pack('<I', 3) + avi[at + 4:])
+    film = read_recording(tmp_path/'a.avi', 10, 64, RATE)
+    assert len(film.planes) == 30
+    assert abs(np.flatnonzero(np.abs(film.waveform) > 0.1)[0]/RATE - 1) < 0.06
+
+
+def test_asf_whose_header_states_too_short_a_length_is_read(tmp_path):
+    with av.open(str(tmp_path/'a.wmv'), 'w') as out:
+        picture, sound = out.add_stream('wmv2', rate=10), out.add_stream('wmav2', rate=RATE, layout='mono')
+        sound.bit_rate = 48000
+        picture.width, picture.height, picture.pix_fmt = 96, 64, 'yuv420p'
+        gray = [np.full((64, 96, 3), 8*number, np.uint8) for number in range(30)]
+        frames = [av.VideoFrame.from_ndarray(image, format='rgb24') for image in gray]
+        packets = [packet for frame in [*frames, None] for packet in picture.encode(frame)]
+        heard = av.AudioFrame.from_ndarray(BEEP[None], 'fltp', 'mono')
+        heard.sample_rate, heard.pts, heard.time_base = RATE, 0, Fraction(1, RATE)
+        packets += [*sound.encode(heard), *sound.encode(None)]
+        for packet in sorted(packets, key=lambda packet: float(packet.dts*packet.time_base)):
+            out.mux(packet)
+    content = (tmp_path/'a.wmv').read_bytes()
+    at = content.index(bytes.fromhex('A1DCAB8C47A9CF118EE400C00C205365')) + 64 # its length in 100 ns
+    units, = struct.unpack('<Q', content[at:at + 8])
+    (tmp_path/'a.wmv').write_bytes(content[:at] + struct.pack('<Q', units//5) + content[at + 8:])
+    film = read_recording(tmp_path/'a.wmv', 10, 64, RATE)
+    assert abs(len(film.planes) - 30) <= 1
+    assert abs(np.flatnonzero(np.abs(film.waveform) > 0.1)[0]/RATE - 1) < 0.06
 
 
 def test_avi_without_its_index_is_read_and_without_pictures_refused(tmp_path, avi):

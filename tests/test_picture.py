@@ -28,6 +28,7 @@ def scene(width, height):
 
 def film(path, width=128, height=96, codec='libx264', aspect=None, pixels='yuv420p'):
     "A silent film of four pictures of the scene."
+    matrix = 'ITU709' if height > 576 else 'ITU601' # as HD and as television are coded
     with av.open(str(path), 'w') as container:
         stream = container.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = width, height, pixels
@@ -37,7 +38,7 @@ def film(path, width=128, height=96, codec='libx264', aspect=None, pixels='yuv42
             stream.codec_context.sample_aspect_ratio = Fraction(aspect)
         picture = av.VideoFrame.from_ndarray(scene(width, height), format='rgb24')
         for _ in range(4):
-            container.mux(stream.encode(picture.reformat(format=pixels, dst_colorspace='ITU601')))
+            container.mux(stream.encode(picture.reformat(format=pixels, dst_colorspace=matrix)))
         container.mux(stream.encode(None))
     return path
 
@@ -185,6 +186,29 @@ def test_a_number_for_the_matrix_of_colours_gives_a_picture(matrix):
     picture = rgb(planes_at(frame, 64))
     known = 1, 4, 7, 9 # that truly are other matrices: the corners differ by what they mean
     assert np.abs(corners(picture) - UPRIGHT).max() < (45 if matrix in known else 18)
+
+
+@pytest.mark.parametrize('width, height, matrix', [
+    (1280, 720, 'ITU709'), (720, 1280, 'ITU709'), (1280, 534, 'ITU709'), (768, 578, 'ITU709'),
+    (720, 576, 'ITU601'), (854, 480, 'ITU601')])
+@pytest.mark.parametrize('number', [2, 3]) # not named; a number that means nothing
+def test_untagged_pictures_are_read_by_their_size(width, height, matrix, number):
+    frame = av.VideoFrame.from_ndarray(scene(width, height), format='rgb24')
+    frame = frame.reformat(format='yuv420p', dst_colorspace=matrix)
+    frame.colorspace = number
+    assert np.abs(corners(rgb(planes_at(frame, 64))) - UPRIGHT).max() < 6
+
+
+@pytest.mark.parametrize('limited', [True, False])
+@pytest.mark.parametrize('pixels, bits', [('gray', 8), ('gray10le', 10), ('gray16le', 16)])
+def test_gray_films_are_as_dark_and_bright_as_they_are_meant(limited, pixels, bits):
+    meant = np.repeat(np.linspace(0, 255, 8), 16).astype(np.float32)
+    signal = 16 + meant*219/255 if limited else meant
+    numbers = np.tile(signal*2**(bits - 8) + 0.5, (96, 1)).astype(np.uint8 if bits == 8 else np.uint16)
+    frame = av.VideoFrame.from_ndarray(numbers, format=pixels)
+    frame.color_range = 1 if limited else 2
+    picture = rgb(planes_at(frame, 96)).astype(float)
+    assert np.abs(picture[48, 8::16] - meant[8::16, None]).max() < 3
 
 
 OTHER_COLOURS = [(8, 'YCgCo'), (10, 'constant luminance'), (14, 'ICtCp'), (15, 'IPT-C2'), (17, 'YCgCo-R')]

@@ -48,6 +48,21 @@ def test_sound_that_starts_late_stays_in_place(tmp_path, delay):
     assert abs(np.abs(waveform).argmax() - 30000) < 400
 
 
+def test_a_span_of_pictures_with_a_palette(tmp_path):
+    "The palette comes with the first packet alone."
+    palette = np.zeros((256, 4), np.uint8) # alpha, red, green, blue
+    palette[:, 0], palette[:, 1] = 255, np.arange(256)
+    with av.open(str(tmp_path/'film.avi'), 'w') as container:
+        stream = container.add_stream('rawvideo', rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, 'pal8'
+        for number in range(30):
+            numbers = np.full((64, 96), 60 + 5*number, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray((numbers, palette), format='pal8')))
+    whole, span = (read_recording(tmp_path/'film.avi', 10, 64, None, *at).frames for at in ((), (1.5, 2.5)))
+    assert np.abs(whole[:, 32, 48, 0] - (60.0 + 5*np.arange(30))).max() < 4
+    np.testing.assert_array_equal(span, whole[15:25])
+
+
 @pytest.mark.parametrize('keep', [0, 8, 100, 1000, 4000])
 def test_truncated_file_is_rejected(tmp_path, keep):
     write_video(tmp_path/'whole.mp4', np.random.default_rng(0).integers(0, 255, (20, 64, 64, 3)).astype(np.uint8),

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOST_CHUNKS', 'TOO_LITTLE_TO_HEAR', 'FIRST', 'LAST', 'FULL', 'WHOLE', 'TAGS', 'PCM', 'Rejection', 'refuse_torn',
-           'is_leftover']
+           'is_tag', 'is_leftover']
 
 # %% ../../nbs/11_data.damage.ipynb #002
 import os
@@ -163,13 +163,20 @@ def refuse_torn(
 TAGS = b'ID3', b'TAG', b'APETAGEX', b'LYRICS' # ID3v2, ID3v1, APE, Lyrics3
 PCM = re.compile('pcm_[suf]([0-9]+)(le|be)?') # decoders of plain numbers, and their bits
 
+def is_tag(
+    packet: av.Packet, # of a stream of sound
+) -> bool:
+    "Whether a packet is a tag between two songs."
+    is_mp3 = packet.stream.codec_context.name.startswith('mp3')
+    return is_mp3 and packet.size > 0 and bytes(memoryview(packet)[:8]).startswith(TAGS)
+
 def is_leftover(
     packet: av.Packet, # of a stream of sound
 ) -> bool:
     "Whether a packet is a tag between two songs, or the last of a recording and ends within a sample."
+    if is_tag(packet):
+        return True
     codec = packet.stream.codec_context
-    if codec.name.startswith('mp3'):
-        return packet.size > 0 and bytes(memoryview(packet)[:8]).startswith(TAGS)
     pcm = PCM.fullmatch(codec.name)
     if not pcm:
         return False

@@ -149,6 +149,7 @@ class Opening:
     "How a file begins."
     origin: float # when its first picture is shown (its first sound is heard, where there are none), seconds
     sound: Beginning | None # None where it is not known
+    has_palette: bool = False # whether later pictures need the first packet, which brings their colours
 
 # %% ../../nbs/18_data.video.ipynb #109e71c3
 def _opening(
@@ -157,6 +158,7 @@ def _opening(
 ) -> Opening:
     "How a file begins; raises `Rejection` where it has no first picture or sound."
     first, times, sounds = wanted.kinds[0], {}, [] # `times`: when the first frame of each kind comes
+    has_palette, beginning = False, None
     with decoding(path, wanted.kinds, track=wanted.track) as source:
         for frame, time in source.frames():
             if isinstance(frame, av.AudioFrame):
@@ -165,15 +167,16 @@ def _opening(
                 rate = frame.sample_rate
             else:
                 times.setdefault('video', time)
+                has_palette = frame.format.has_palette
             has_sound = len(sounds) >= FIRST or not wanted.sample_rate
             if first in times and (has_sound or time > times[first] + LATE):
                 break
     if first not in times:
         raise Rejection('does not decode', f'{path.name}: the {first} stream is empty')
-    if len(sounds) < 2:
-        return Opening(times[first], None)
-    codec = source.streams['audio'].codec_context.name
-    return Opening(times[first], Beginning.of(sounds[:FIRST], rate, codec))
+    if len(sounds) > 1:
+        codec = source.streams['audio'].codec_context.name
+        beginning = Beginning.of(sounds[:FIRST], rate, codec)
+    return Opening(times[first], beginning, has_palette)
 
 # %% ../../nbs/18_data.video.ipynb #0122
 @dataclass(frozen=True)
@@ -254,7 +257,7 @@ def _collect(
         return _read(path, wanted)
     opening = _opening(path, wanted)
     begin = opening.origin + (wanted.start or 0)
-    if wanted.start:
+    if wanted.start and not opening.has_palette:
         try:
             collected = _read(path, wanted, opening, begin)
         except Rejection:
