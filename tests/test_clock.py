@@ -215,6 +215,49 @@ def test_the_default_sound_track_is_read(tmp_path):
     assert_in_step(read_recording(tmp_path/'film.mkv', 10, 64, 24000))
 
 
+def two_tracks(path, heard, disposition=av.stream.Disposition(0)):
+    "A film whose default sound track is silent but in a span (`heard`, seconds); the other is a tone throughout."
+    samples = np.arange(4*RATE)
+    is_heard = (samples >= heard[0]*RATE) & (samples < heard[1]*RATE)
+    tracks = [(0.3*np.sin(samples/20)*is_heard, av.stream.Disposition.default),
+              (0.2*np.sin(samples/9), disposition)]
+    with av.open(str(path), 'w') as container:
+        made = packets(container, sounds=0)
+        for waveform, flags in tracks:
+            stream = container.add_stream('flac', rate=RATE, layout='mono')
+            stream.disposition = flags
+            sound = av.AudioFrame.from_ndarray(waveform[None].astype(np.float32), format='fltp', layout='mono')
+            sound.sample_rate = RATE
+            for piece in split(sound, 4608):
+                made += stream.encode(piece)
+            made += stream.encode(None)
+        container.mux(sorted(made, key=lambda packet: float(packet.dts*packet.time_base)))
+    return path
+
+
+@pytest.mark.parametrize('disposition', ['comment', 'visual_impaired', None])
+def test_a_span_in_which_a_film_is_silent_is_silence(tmp_path, disposition):
+    flags = av.stream.Disposition[disposition] if disposition else av.stream.Disposition(0)
+    path = two_tracks(tmp_path/'film.mkv', (2.5, 4), flags)
+    assert not read_recording(path, 10, 64, 24000, 0.5, 2.0).waveform.any()
+    assert read_recording(path, 10, 64, 24000, 2.6, 3.6).waveform.std() > 0.1
+
+
+def test_a_film_that_is_silent_throughout_has_its_other_track_in_all_spans(tmp_path):
+    path = two_tracks(tmp_path/'film.mkv', (0, 0))
+    whole = read_recording(path, 10, 64, 24000).waveform
+    span = read_recording(path, 10, 64, 24000, 1.0, 2.0).waveform
+    np.testing.assert_allclose(span, whole[24000:48000], atol=1e-3)
+    assert span.std() > 0.1
+
+
+@pytest.mark.parametrize('disposition', ['comment', 'visual_impaired', 'hearing_impaired'])
+def test_no_commentary_stands_in_for_a_silent_film(tmp_path, disposition):
+    path = two_tracks(tmp_path/'film.mkv', (0, 0), av.stream.Disposition[disposition])
+    assert not read_recording(path, 10, 64, 24000).waveform.any()
+    assert not read_recording(path, 10, 64, 24000, 1.0, 2.0).waveform.any()
+
+
 @pytest.mark.parametrize('attached', [True, False])
 def test_a_cover_in_front_is_not_the_film(tmp_path, attached):
     with av.open(str(tmp_path/'film.mp4'), 'w') as container:
