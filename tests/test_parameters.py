@@ -280,7 +280,7 @@ def test_all_mistakes_are_told_at_once():
     ('variants', dict(glcm=dict(model=dict(bands=3))), "variants.glcm.model has no parameter 'bands'"),
     ('settings', dict(plain=dict(frames=0)), 'with audio, frames should say how long a window is'),
     ('settings', dict(plain=dict(layers=3)), "no parameter 'layers'"),
-    ('settings', dict(plain=dict(choose=[dict(lr=-1)])), 'choose[0].lr should be above 0, not -1'),
+    ('settings', dict(plain=dict(choose=[dict(lr=-1)])), 'choose[0].lr should be 1e-12 or more, not -1'),
 ])
 def test_what_is_wrong_only_after_merging(section, values, message):
     lines = told(PARAMS | {section: PARAMS[section] | values})
