@@ -271,6 +271,20 @@ def test_all_mistakes_are_told_at_once():
         assert sum(text in line for line in lines) == 1, (text, lines)
 
 
+@pytest.mark.parametrize('place', [('loss', 'temperature'), ('model', 'attention_temperature'), ('pretrain', 'lr'),
+                                   ('variants', 'moco', 'pretext', 'temperature'), ('settings', 'tenth', 'labels')])
+def test_numbers_that_are_nothing_in_32_bits_are_told(place):
+    for value in (1e-300, 5e-324):
+        line, = told_with(place, lambda holder: holder.update({place[-1]: value}))
+        assert '.'.join(place) in line and f'or more, not {value}' in line
+
+
+@pytest.mark.parametrize('name, shown', [(None, 'null'), (2026, '2026'), (True, 'true')])
+def test_a_name_that_is_no_text_is_told_with_its_section(name, shown):
+    datasets = PARAMS['datasets'] | {name: PARAMS['datasets']['esc50']}
+    assert any(f'a name in datasets should be a text, not {shown}' in line for line in told(PARAMS | dict(datasets=datasets)))
+
+
 @pytest.mark.parametrize('section, values, message', [
     ('variants', dict(glcm=dict(views=dict(frames=18))),
      'cannot be spread evenly over views.frames = 18 (variant glcm)'),
