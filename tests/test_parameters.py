@@ -282,7 +282,8 @@ def test_numbers_that_are_nothing_in_32_bits_are_told(place):
 @pytest.mark.parametrize('name, shown', [(None, 'null'), (2026, '2026'), (True, 'true')])
 def test_a_name_that_is_no_text_is_told_with_its_section(name, shown):
     datasets = PARAMS['datasets'] | {name: PARAMS['datasets']['esc50']}
-    assert any(f'a name in datasets should be a text, not {shown}' in line for line in told(PARAMS | dict(datasets=datasets)))
+    lines = told(PARAMS | dict(datasets=datasets))
+    assert any(f'a name in datasets should be a text, not {shown}' in line for line in lines), lines
 
 
 @pytest.mark.parametrize('section, values, message', [
