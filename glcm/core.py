@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['LARGEST', 'NAME', 'FOLDER', 'EXECUTOR', 'Name', 'FolderName', 'Count', 'Seed', 'Probability', 'LearningRate',
-           'WeightDecay', 'Side', 'SECTION', 'WISHES', 'PATTERNS', 'UNKNOWN', 'STRICT', 'InputError', 'shown', 'root',
-           'read_params', 'merge', 'read_study', 'configuration', 'mistakes', 'parse', 'section_of', 'override',
-           'values_of', 'atomic_path', 'inside', 'progress', 'generator', 'seed_everything']
+           'Temperature', 'WeightDecay', 'Side', 'SECTION', 'WISHES', 'PATTERNS', 'UNKNOWN', 'STRICT', 'InputError',
+           'shown', 'root', 'read_params', 'merge', 'read_study', 'configuration', 'mistakes', 'parse', 'section_of',
+           'override', 'values_of', 'atomic_path', 'inside', 'progress', 'generator', 'seed_everything']
 
 # %% ../nbs/00_core.ipynb #002
 import math
@@ -205,7 +205,8 @@ FolderName = Annotated[StrictStr, Field(pattern=FOLDER, max_length=100)]
 Count = Annotated[StrictInt, Field(ge=0, le=1_000_000_000)]
 Seed = Annotated[StrictInt, Field(ge=0, lt=2**32)]
 Probability = Annotated[StrictFloat, Field(ge=0, le=1)]
-LearningRate = Annotated[StrictFloat, Field(gt=0, le=10)]
+LearningRate = Annotated[StrictFloat, Field(ge=1e-12, le=10)] # smaller steps are lost in weights of 32 bits
+Temperature = Annotated[StrictFloat, Field(ge=1e-6, le=1_000_000)] # divides scores of 32 bits
 WeightDecay = Annotated[StrictFloat, Field(ge=0, le=10)]
 Side = Annotated[StrictInt, Field(ge=32, le=4096, multiple_of=2)] # of a picture, pixels
 
@@ -268,9 +269,9 @@ def _names_at(kind, place: tuple) -> list[str]:
 def _place(error: dict, values) -> tuple:
     "Where an error is in `values`: pydantic's own place, without the names that it gives to the members of a union."
     place = []
-    last = error['loc'][-1] if error['loc'] else None
+    names = error['loc'][-2:] if error['loc'][-1:] == ('[key]',) else error['loc'][-1:] # never a member's
     for part in error['loc']:
-        is_member = isinstance(values, dict) and part not in values and part != last
+        is_member = isinstance(values, dict) and part not in values and part not in names
         if is_member:
             continue
         place.append(part)

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field, StrictBool, StrictFloat
 from torch.nn.functional import softplus
 
-from .core import Count, InputError, configuration
+from .core import Count, InputError, Temperature, configuration
 from .distributed import Ranks
 
 # %% ../nbs/03_losses.ipynb #005c
@@ -267,7 +267,7 @@ def silence_loss(
 @configuration
 class LossConfig:
     "How the embeddings are compared: the `loss` section of params.yaml."
-    temperature: Annotated[StrictFloat, Field(gt=0, le=1_000_000)] # divides every score; 1 for raw dot products
+    temperature: Temperature # divides every score; 1 for raw dot products
     count_positives: Literal['once', 'twice'] # how often the positives stand in the denominator
     local_weight: Annotated[StrictFloat, Field(ge=0, le=1000)] # weight of the local loss; 0 leaves it out (Table 5)
     mil: StrictBool # False: one averaged audio slice per step and plain InfoNCE in the local loss (Table 6)

@@ -17,7 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from .attention import attention_map, attention_pool, mean_pool
-from .core import InputError, configuration
+from .core import InputError, Temperature, configuration
 from .distributed import Ranks
 from .encoders import SPATIAL_STAGES, audio_resnet18, stage_strides, video_resnet18
 from .losses import ALONE, LossConfig, mil_nce_global, mil_nce_local
@@ -45,7 +45,7 @@ class ModelConfig:
     local_stride: Stride # spatial stride of the local encoder, pixels per cell
     projection: Literal['none', 'linear', 'mlp'] # from features to embeddings
     pooling: Literal['attention', 'mean'] # of the local visual features
-    attention_temperature: Annotated[StrictFloat, Field(gt=0, le=1_000_000)] # divides the attention's scores
+    attention_temperature: Temperature # divides the attention's scores
     detach_attention: StrictBool # True: the local loss does not train the attention
     normalize: StrictBool # L2-normalise the embeddings
 

@@ -253,6 +253,105 @@ def test_the_default_sound_track_is_read(tmp_path):
     assert_in_step(read_recording(tmp_path/'film.mkv', 10, 64, 24000))
 
 
+@pytest.mark.parametrize('begins', [dict(video=0.5, audio=0), dict(video=0, audio=0.5), dict(video=1, audio=1)])
+def test_an_empty_edit_counts_once(tmp_path, begins):
+    path = tmp_path/'film.mp4'
+    with av.open(str(path), 'w') as container:
+        made = packets(container)
+        for packet in made:
+            ticks = round(begins[packet.stream.type]/packet.time_base)
+            packet.pts, packet.dts = packet.pts + ticks, packet.dts + ticks
+        container.mux(sorted(made, key=lambda packet: float(packet.dts*packet.time_base)))
+    assert path.read_bytes().count(struct.pack('>i', -1) + struct.pack('>HH', 1, 0)), 'no edit is empty'
+    shift = begins['audio'] - begins['video'] # of the sound against the pictures
+    for start, end in ((None, None), (0.5, 3.0)):
+        recording = read_recording(path, 10, 64, 24000, start, end)
+        bright = np.flatnonzero(recording.planes[:, 20:60].mean((1, 2)) > 150)[0]/10 + (start or 0)
+        loud = np.flatnonzero(np.abs(recording.waveform) > 0.25)[0]/24000 + (start or 0)
+        assert bright == FLASHES[0] and abs(loud - FLASHES[0] - shift) < 0.03
+        assert len(recording.planes) == (25 if end else 40)
+
+
+def test_pictures_without_content_repeat_the_one_before(tmp_path):
+    with av.open(str(tmp_path/'film.nut'), 'w') as container:
+        stream = container.add_stream('mjpeg', rate=10)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, 'yuvj420p'
+        made = []
+        for k in range(30):
+            picture = np.full((64, 96, 3), 20 + 7*k, np.uint8)
+            made += stream.encode(av.VideoFrame.from_ndarray(picture, format='rgb24'))
+        made += stream.encode(None)
+        for k, packet in enumerate(made):
+            if 10 <= k < 15 or k >= 25:
+                packet, full = av.Packet(), packet
+                packet.pts, packet.dts, packet.duration = full.pts, full.dts, full.duration
+                packet.time_base, packet.stream = full.time_base, full.stream
+            container.mux(packet)
+    for start, end in ((None, None), (0.8, 1.8)):
+        grays = read_recording(tmp_path/'film.nut', 10, 64, None, start, end).planes[:, 2, 2].astype(int)
+        shown = [*range(10), *[9]*5, *range(15, 25), *[24]*5][slice(start and 8, end and 18)]
+        assert len(grays) == len(shown)
+        assert (np.sign(np.diff(grays)) == np.sign(np.diff(shown))).all()
+
+
+def test_a_span_of_a_long_black_film_keeps_no_more_than_the_span(tmp_path, monkeypatch):
+    path = tmp_path/'black.mp4'
+    with av.open(str(path), 'w') as container:
+        stream = container.add_stream('libx264', rate=Fraction(1, 1000))
+        stream.width, stream.height, stream.pix_fmt = 64, 64, 'yuv420p'
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.zeros((64, 64, 3), np.uint8), format='rgb24')))
+        container.mux(stream.encode(None))
+    monkeypatch.setattr(glcm.data.video, 'LARGEST', 1 << 20)
+    for start, end in ((0.5, 2.5), (1500.0, 1502.0), (2000.5, 2002.5)):
+        assert len(read_recording(path, 10, 64, None, start, end).planes) == 20
+    with pytest.raises(Rejection, match='too large'):
+        read_recording(path, 10, 64, None)
+
+
+def two_tracks(path, heard, disposition=av.stream.Disposition(0)):
+    "A film whose default sound track is silent but in a span (`heard`, seconds); the other is a tone throughout."
+    samples = np.arange(4*RATE)
+    is_heard = (samples >= heard[0]*RATE) & (samples < heard[1]*RATE)
+    tracks = [(0.3*np.sin(samples/20)*is_heard, av.stream.Disposition.default),
+              (0.2*np.sin(samples/9), disposition)]
+    with av.open(str(path), 'w') as container:
+        made = packets(container, sounds=0)
+        for waveform, flags in tracks:
+            stream = container.add_stream('flac', rate=RATE, layout='mono')
+            stream.disposition = flags
+            sound = av.AudioFrame.from_ndarray(waveform[None].astype(np.float32), format='fltp', layout='mono')
+            sound.sample_rate = RATE
+            for piece in split(sound, 4608):
+                made += stream.encode(piece)
+            made += stream.encode(None)
+        container.mux(sorted(made, key=lambda packet: float(packet.dts*packet.time_base)))
+    return path
+
+
+@pytest.mark.parametrize('disposition', ['comment', 'visual_impaired', None])
+def test_a_span_in_which_a_film_is_silent_is_silence(tmp_path, disposition):
+    flags = av.stream.Disposition[disposition] if disposition else av.stream.Disposition(0)
+    path = two_tracks(tmp_path/'film.mkv', (2.5, 4), flags)
+    assert not read_recording(path, 10, 64, 24000, 0.5, 2.0).waveform.any()
+    assert read_recording(path, 10, 64, 24000, 2.6, 3.6).waveform.std() > 0.1
+
+
+def test_a_film_that_is_silent_throughout_has_its_other_track_in_all_spans(tmp_path):
+    path = two_tracks(tmp_path/'film.mkv', (0, 0))
+    whole = read_recording(path, 10, 64, 24000).waveform
+    span = read_recording(path, 10, 64, 24000, 1.0, 2.0).waveform
+    np.testing.assert_allclose(span, whole[24000:48000], atol=1e-3)
+    assert span.std() > 0.1
+
+
+@pytest.mark.parametrize('disposition', ['comment', 'visual_impaired', 'hearing_impaired'])
+def test_no_commentary_stands_in_for_a_silent_film(tmp_path, disposition):
+    path = two_tracks(tmp_path/'film.mkv', (0, 0), av.stream.Disposition[disposition])
+    assert not read_recording(path, 10, 64, 24000).waveform.any()
+    assert not read_recording(path, 10, 64, 24000, 1.0, 2.0).waveform.any()
+
+
 @pytest.mark.parametrize('attached', [True, False])
 def test_a_cover_in_front_is_not_the_film(tmp_path, attached):
     with av.open(str(tmp_path/'film.mp4'), 'w') as container:

@@ -55,6 +55,21 @@ def test_wav_with_a_wrong_length_is_read(tmp_path, kind):
     assert abs(at - 1) < 0.01 and abs(seconds - SECONDS) < 0.1
 
 
+TITLE = b'LIST' + struct.pack('<I', 5) + b'INFOx'
+
+
+@pytest.mark.parametrize('chunk', [TITLE, b'bext' + struct.pack('<I', 7) + bytes(7),
+                                   TITLE + b'\0' + b'JUNK' + struct.pack('<I', 7) + bytes(7)])
+def test_a_chunk_without_its_pad_byte_in_front_of_the_sound_is_named(tmp_path, chunk):
+    path = tmp_path/'a.wav'
+    path.write_bytes(wav()[:36] + chunk + b'\0' + wav()[36:])
+    at, seconds = beep(path)
+    assert abs(at - 1) < 0.01 and abs(seconds - SECONDS) < 0.1
+    path.write_bytes(wav()[:36] + chunk + wav()[36:])
+    with pytest.raises(Rejection, match='does not decode: a.wav: its chunk .* has an odd length and no byte behind it'):
+        read_recording(path, None, None, RATE)
+
+
 NUMBERS = (32767*BEEP).astype('<i2').tobytes()
 FORM = struct.pack('<HHIIHH', 1, 1, RATE, 2*RATE, 2, 16) # one channel of 16 bits
 

@@ -109,7 +109,8 @@ def test_every_ending_of_ffmpeg_is_media_or_known_to_be_none():
 def test_endings_that_people_have(tmp_path):
     names = '''
         a.ts a.MTS a.m2ts a.vob a.asf a.f4v a.3g2 a.gif a.ogv a.divx a.dv a.mxf a.mts a.opus a.aac a.aif
-        a.aiff a.wma a.caf a.au a.ac3 a.amr a.mka a.oga a.w64 a.RMVB a.ogg a.WaV a.dvr-ms a.b.c.mp4'''.split()
+        a.aiff a.wma a.caf a.au a.ac3 a.amr a.mka a.oga a.w64 a.RMVB a.ogg a.WaV a.dvr-ms a.b.c.mp4
+        a.3gpp a.ogm a.vro a.lrv a.insv a.m4s a.mpga a.mp4v a.mpg4 a.mpv2 a.mp2v a.3gp2 a.hdmov a.nuv'''.split()
     others = 'notes.txt', 'b.JPG', 'a.mp4.part', 'mp4', '.DS_Store', '._x.mp4'
     table = read_catalogue('folder', put(tmp_path, dict.fromkeys((*names, *others), '')))
     assert table.path.tolist() == sorted(names)
@@ -188,6 +189,47 @@ def test_links_of_the_owner_are_followed_and_loops_end(tmp_path, film):
     assert rejected.reason.tolist() == ['missing file']*2
     assert 'mine/gone.mp4 is a link to /nowhere/gone.mp4, which cannot be opened' in rejected.detail[0]
     assert table.attrs['notes'] == ['left out: 5 (folders listed already): again/home, more, real/back, self, up']
+
+
+def test_links_that_lead_to_each_other_end(tmp_path, film):
+    links = {'one': Path('two'), 'two': Path('one'), 'one.mp4': Path('two.mp4'), 'two.mp4': Path('one.mp4')}
+    put(tmp_path/'in', links | {'a.mp4': film})
+    table, rejected, rows = run('folder', tmp_path/'in', tmp_path/'out')
+    assert [row['path'] for row in rows] == ['a.mp4']
+    assert rejected[['clip', 'reason']].values.tolist() == [['one.mp4', 'missing file'], ['two.mp4', 'missing file']]
+    assert table.attrs['notes'] == ['left out: 2 (endings not of films or sounds): one, two']
+
+
+def of_lengths(path, pictures, sound):
+    "A film with so many seconds of pictures and of sound."
+    frames = np.full((10*pictures, 64, 64, 3), 90, np.uint8)
+    write_video(path, frames, 0.2*np.sin(np.arange(24000*sound)/20))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize('pictures, sound, span, said', [
+    (4, 2, '0.5,3.5', 'the sound ends at 2.0 s, its list says from 0.5 s to 3.5 s'),
+    (2, 4, '0.5,3.5', 'the pictures end at 2.0 s, its list says from 0.5 s to 3.5 s'),
+    (4, 2, '2.5,3.8', 'the sound ends before 2.5 s, its list says from 2.5 s to 3.8 s'),
+    (4, 4, '9,11', 'the pictures end before 9.0 s, its list says from 9.0 s to 11.0 s'),
+    (4, 4, '9,', 'the pictures end before 9.0 s, its list says from 9.0 s')])
+def test_a_span_that_the_file_does_not_have_is_told(tmp_path, pictures, sound, span, said):
+    film = of_lengths(tmp_path/'a.mp4', pictures, sound)
+    put(tmp_path/'in', {'a.mp4': film, 'labels.csv': f'path,start,end\na.mp4,{span}\na.mp4,0,1.5\n'})
+    _, rejected, rows = run('folder', tmp_path/'in', tmp_path/'out')
+    assert len(rows) == 1 and rejected.reason.tolist() == ['ends early']
+    assert rejected.detail[0] == f'a.mp4: {said}'
+    line, = summary(rejected)
+    assert 'correct the times in the list' in line and 'min_frames' not in line
+
+
+@pytest.mark.parametrize('kind', ['pictures', 'sound'])
+def test_the_last_steps_of_a_span_may_be_missing(tmp_path, kind):
+    lengths = dict(pictures=4, sound=4) | {kind: 3}
+    film = of_lengths(tmp_path/'a.mp4', **lengths)
+    put(tmp_path/'in', {'a.mp4': film, 'labels.csv': 'path,start,end\na.mp4,1,3.2\n'})
+    _, rejected, rows = run('folder', tmp_path/'in', tmp_path/'out')
+    assert rejected.empty and 20 <= rows[0]['steps'] <= 22
 
 
 OUTSIDE = ['../disk/a.mp4', 'link/../../disk/a.mp4', 'link/../../mine/../disk/a.mp4', '/etc/hosts', '//etc/hosts', '..',
@@ -312,7 +354,41 @@ CSV = [ # content of a csv with the columns path and label; what is read, or the
     (b'path;label\na;b\n', 'separated by semicolons: use commas'),
     (b'path\tlabel\na\tb\n', 'separated by tabs: use commas'),
     (b'path,label,label\na,b,c\n', "two columns 'label'"), (b'', 'lacks|'),
+    (b'path,label,,\na.mp4,dog,,\nb.mp4,cat, ,\n', [(2, 'a.mp4', 'dog'), (3, 'b.mp4', 'cat')]),
+    (b'path,,,label\na.mp4,,,dog\n', 'two columns without a name'),
     ('path,label\n'.encode('utf-16'), 'not UTF-8')]
+
+
+STRAY = { # what stands in which row of a list of 1,000 rows
+    'never closed': {500: '"{0}.mp4,dog'},
+    'closed by another stray quote': {500: '"{0}.mp4,dog', 900: '{0}.mp4,dog"'},
+    'closed before a name': {500: '"{0}.mp4,dog', 900: '"{0}.mp4,dog'},
+    'opened in the last cell': {500: '{0}.mp4,"dog', 900: '{0}.mp4,dog"'},
+    'closed a few rows below, with another number of cells': {500: '"{0}.mp4,dog', 503: '{0}.mp4,dog"'}}
+
+
+@pytest.mark.parametrize('case', STRAY)
+def test_a_stray_quote_takes_no_rows_with_it(tmp_path, case):
+    rows = [STRAY[case].get(k, '{0}.mp4,dog').format(k) for k in range(1000)]
+    put(tmp_path, {'labels.csv': '\n'.join(['path,label', *rows, '']), '0.mp4': ''})
+    with pytest.raises(InputError, match='a quote opened in line 502 of .*labels.csv is not closed before line'):
+        read_catalogue('folder', tmp_path)
+
+
+def test_a_stray_quote_in_an_official_list(tmp_path):
+    rows = [f'yoga,id{k},1,2,train' for k in range(1000)]
+    rows[500] = '"' + rows[500]
+    put(tmp_path, {'train.csv': KINETICS + '\n'.join(rows) + '\n'})
+    with pytest.raises(InputError, match='a quote opened in line 502 of .*train.csv'):
+        read_catalogue('kinetics700', tmp_path)
+
+
+def test_a_text_of_several_lines_is_one_cell(tmp_path):
+    text = '\n'.join(['he said ""no""'] + ['and left']*9)
+    put(tmp_path, {'labels.csv': f'path,text\na.mp4,"{text}"\nb.mp4,short\n"c.mp4\n', 'a.mp4': '', 'b.mp4': ''})
+    table = read_catalogue('folder', tmp_path)
+    assert table.text[0] == text.replace('""', '"') and table.path[1] == 'b.mp4'
+    assert table.problem[2] == 'labels.csv, line 13: unexpected end of data'
 
 
 @pytest.mark.parametrize('content, want', CSV)
@@ -329,6 +405,21 @@ def test_csv_files_as_spreadsheets_write_them(tmp_path, content, want):
             read()
     else:
         assert read() == want
+
+
+def test_a_cell_in_a_column_without_a_name_spoils_its_row(tmp_path):
+    put(tmp_path, {'labels.csv': 'path,label,,\na.mp4,x,,\nb.mp4,y,,mine\nc.mp4,z\n', 'a.mp4': ''})
+    table = read_catalogue('folder', tmp_path)
+    assert table.path[0] == 'a.mp4' and table.label[0] == 'x'
+    assert table.problem.tolist() == [None, 'labels.csv, line 3: a cell in a column without a name', None]
+
+
+def test_a_fold_of_five_thousand_digits_spoils_its_row(tmp_path):
+    fold = '1'*5000
+    put(tmp_path, {'meta/esc50.csv': f'filename,fold,category\na.wav,{fold},dog\nb.wav,2,dog\n', 'audio/b.wav': ''})
+    table = read_catalogue('esc50', tmp_path)
+    assert 'meta/esc50.csv, line 2' in table.problem[0] and 'is no number of a fold' in table.problem[0]
+    assert table['clip'][1] == 'b' and table.fold[1] == 2 and table.problem[1] is None
 
 
 def test_a_cell_that_is_too_long_or_has_no_text_spoils_one_row(tmp_path):

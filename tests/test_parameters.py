@@ -271,6 +271,21 @@ def test_all_mistakes_are_told_at_once():
         assert sum(text in line for line in lines) == 1, (text, lines)
 
 
+@pytest.mark.parametrize('place', [('loss', 'temperature'), ('model', 'attention_temperature'), ('pretrain', 'lr'),
+                                   ('variants', 'moco', 'pretext', 'temperature'), ('settings', 'tenth', 'labels')])
+def test_numbers_that_are_nothing_in_32_bits_are_told(place):
+    for value in (1e-300, 5e-324):
+        line, = told_with(place, lambda holder: holder.update({place[-1]: value}))
+        assert '.'.join(place) in line and f'or more, not {value}' in line
+
+
+@pytest.mark.parametrize('name, shown', [(None, 'null'), (2026, '2026'), (True, 'true')])
+def test_a_name_that_is_no_text_is_told_with_its_section(name, shown):
+    datasets = PARAMS['datasets'] | {name: PARAMS['datasets']['esc50']}
+    lines = told(PARAMS | dict(datasets=datasets))
+    assert any(f'a name in datasets should be a text, not {shown}' in line for line in lines), lines
+
+
 @pytest.mark.parametrize('section, values, message', [
     ('variants', dict(glcm=dict(views=dict(frames=18))),
      'cannot be spread evenly over views.frames = 18 (variant glcm)'),
@@ -280,7 +295,7 @@ def test_all_mistakes_are_told_at_once():
     ('variants', dict(glcm=dict(model=dict(bands=3))), "variants.glcm.model has no parameter 'bands'"),
     ('settings', dict(plain=dict(frames=0)), 'with audio, frames should say how long a window is'),
     ('settings', dict(plain=dict(layers=3)), "no parameter 'layers'"),
-    ('settings', dict(plain=dict(choose=[dict(lr=-1)])), 'choose[0].lr should be above 0, not -1'),
+    ('settings', dict(plain=dict(choose=[dict(lr=-1)])), 'choose[0].lr should be 1e-12 or more, not -1'),
 ])
 def test_what_is_wrong_only_after_merging(section, values, message):
     lines = told(PARAMS | {section: PARAMS[section] | values})

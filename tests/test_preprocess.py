@@ -1,4 +1,5 @@
 """A dataset with everything that can be wrong: each fault is one row of rejected.csv, and the rest is used."""
+import inspect
 import json
 import os
 import shutil
@@ -8,12 +9,13 @@ import tarfile
 from collections import Counter
 from dataclasses import replace
 
+import nbformat
 import numpy as np
 import pandas as pd
 import pytest
 
 import glcm.data.preprocess as preprocessing
-from glcm.core import InputError
+from glcm.core import InputError, read_study, root
 from glcm.data.audio import AudioConfig
 from glcm.data.clip import ClipConfig
 from glcm.data.preprocess import preprocess, summary
@@ -305,3 +307,40 @@ def test_a_decoding_process_is_small(tmp_path):
     ran = subprocess.run([sys.executable, '-c', CHILD, tmp_path/'film.mp4'], capture_output=True, text=True, check=True)
     heavy, kilobytes = ran.stdout.split('\n')[:2]
     assert heavy == '' and int(kilobytes) < 150_000
+
+
+@pytest.mark.parametrize('study, dataset, crops', [('grid', 'grid', ['lips']), ('full', 'dfdc', ['none', 'face'])])
+def test_the_stage_hands_over_the_side_that_the_network_sees(monkeypatch, study, dataset, crops):
+    "The cells of the stage up to its pictures, with `preprocess` replaced."
+    calls, params = [], read_study(study)
+
+    def record(*args, **how):
+        calls.append(inspect.signature(preprocess).bind(*args, **how).arguments)
+        return pd.DataFrame(columns=['clip', 'reason', 'detail'])
+
+    monkeypatch.delenv('IN_TEST', raising=False)
+    monkeypatch.setattr('glcm.core.read_params', lambda: params)
+    monkeypatch.setattr('glcm.datasets.catalogue.read_catalogue', lambda *names: catalogue_of_one())
+    monkeypatch.setattr('glcm.data.shards.ClipStore', NoClips)
+    monkeypatch.setattr('glcm.data.preprocess.preprocess', record)
+    names = {}
+    for cell in nbformat.read(root()/'nbs'/'stages'/'preprocess.ipynb', 4).cells:
+        if cell.cell_type == 'code':
+            exec(cell.source, names)
+            names['dataset'] = dataset
+        if cell.id == '008':
+            break
+    assert [call['clip'].crop for call in calls] == crops
+    assert [call['seen'] for call in calls] == [params['views']['crop']]*len(crops)
+
+
+class NoClips(list):
+    "A store of no clips."
+    def __init__(self, folder):
+        self.clips = []
+
+
+def catalogue_of_one():
+    table = pd.DataFrame([dict(clip='a', path='a.mp4', split='train')])
+    table.attrs['notes'] = []
+    return table

@@ -255,7 +255,7 @@ def test_keys_over_ranks_are_those_of_one_process(tmp_path, monkeypatch, process
     (dict(loss=dict(negatives='batch')), 'set loss.negatives to world, not batch'),
     (dict(pretext=dict(key_groups=1)), 'key_groups should be 2 or more'),
     (dict(pretext=dict(momentum=1.0)), 'momentum should be below 1'),
-    (dict(pretext=dict(temperature=0.0)), 'temperature should be above 0')])
+    (dict(pretext=dict(temperature=0.0)), 'temperature should be 1e-06 or more')])
 def test_values_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         run_of('moco', **changes)

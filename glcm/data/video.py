@@ -16,7 +16,7 @@ import av
 import numpy as np
 from av.bitstream import BitStreamFilterContext
 
-from .clock import SETTLING, open_file, streams_of
+from .clock import IMPAIRED, SETTLING, open_file, streams_of
 from .damage import Rejection
 from .decoding import decoding, refuse_length
 from .picture import Renderer
@@ -321,15 +321,18 @@ def _track(path: Path, wanted: Wanted) -> Recording:
         collected = _collect(path, replace(wanted, side=side))
     return _recording(path, wanted, collected)
 
-def _other_track(path: Path, wanted: Wanted) -> Recording | None:
-    "A file with the first of its other sound tracks that is not silent; None where there is none."
+def _is_audible(path: Path, track: int) -> bool:
+    "Whether one of a file's sound tracks is anywhere more than silence."
+    with decoding(path, ['audio'], track=track) as source:
+        return any(np.ptp(frame.to_ndarray()) > 0 for frame, _ in source.frames())
+
+def _audible_track(path: Path) -> int: # 0, the preferred one, where all are silent
+    "The first of a file's sound tracks that is not silent from beginning to end; never a commentary."
     with open_file(path) as container:
-        tracks = len(streams_of(container, 'audio'))
-    for number in range(1, tracks):
-        recording = _track(path, replace(wanted, track=number))
-        if recording.waveform.any():
-            return recording
-    return None
+        streams = streams_of(container, 'audio')
+        others = [number for number, stream in enumerate(streams) if number and not stream.disposition & IMPAIRED]
+    tracks = (0, *others) if others else ()
+    return next((number for number in tracks if _is_audible(path, number)), 0)
 
 # %% ../../nbs/18_data.video.ipynb #0142
 def read_recording(
@@ -347,8 +350,8 @@ def read_recording(
     wanted = Wanted(fps, short_side, sample_rate, start, end)
     recording = _track(path, wanted)
     is_silent = sample_rate and not recording.waveform.any()
-    if is_silent:
-        return _other_track(path, wanted) or recording
+    if is_silent and (track := _audible_track(path)):
+        return _track(path, replace(wanted, track=track))
     return recording
 
 # %% ../../nbs/18_data.video.ipynb #016

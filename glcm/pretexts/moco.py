@@ -16,7 +16,7 @@ from pydantic import Field, StrictFloat, StrictInt
 from torch import nn
 from torch.nn import functional as F
 
-from ..core import InputError, configuration, generator
+from ..core import InputError, Temperature, configuration, generator
 from ..data.views import ExtraViews
 from ..distributed import Ranks
 from ..losses import ALONE
@@ -30,7 +30,7 @@ class MoCoConfig(PretextConfig):
     kind: Literal['moco'] # which of many clips is this one, seen again?
     embedding: Size # size D of the embeddings
     queue: Annotated[StrictInt, Field(ge=2, le=10_000_000)] # keys of earlier steps that are the negatives, K
-    temperature: Annotated[StrictFloat, Field(gt=0, le=1_000_000)] # divides the scores
+    temperature: Temperature # divides the scores
     momentum: Annotated[StrictFloat, Field(ge=0, lt=1)] # m: what the key encoder keeps of itself in a step
     key_groups: Annotated[StrictInt, Field(ge=2, le=65_536)] # parts of the shuffled batch, each normalised by itself
     losses: ClassVar[tuple[str, ...]] = ('contrast_loss',)

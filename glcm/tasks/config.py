@@ -41,7 +41,7 @@ class TaskConfig:
     probe: StrictBool = False # the encoders are frozen in all epochs (a linear probe)
     encoder_layers: Literal['last', 'sum'] = 'last' # of frozen encoders: the last one, or a learned sum of all layers
     neighbours: StrictBool = False # nothing is trained: a test clip has the label of the most similar training clip
-    labels: Annotated[StrictFloat, Field(gt=0, le=1)] = 1.0 # fraction of the labels, at least one clip of a class
+    labels: Annotated[StrictFloat, Field(ge=1e-7, le=1)] = 1.0 # fraction of the labels, at least one clip of a class
     choose: list[dict] = field(default_factory=list) # candidates for values, compared on validation clips
     longest: Steps = 0    # frames that a training clip may have, longer ones are not used; 0: any
     shared_groups: StrictBool = False # whether a speaker or source may be in training and in test
