@@ -105,10 +105,7 @@ def _matrix(
     "The matrix to read the colours of a frame with, where the file names none, or one that means nothing."
     if frame.colorspace == 2 and frame.color_trc in (PQ, HLG):
         return 'BT2020'
-    if frame.colorspace in MATRICES or frame.format.is_rgb:
-        return None
-    is_hd = frame.width >= 1280 or frame.height > 576 # as mpv takes it
-    return 'ITU709' if is_hd else 'ITU601'
+    return None if frame.colorspace in MATRICES or frame.format.is_rgb else 'ITU601'
 
 # %% ../../nbs/13_data.picture.ipynb #0151
 UNKNOWN_COLOURS = { # that libswscale does not convert, by their numbers in ITU-T H.273
