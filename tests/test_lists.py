@@ -217,7 +217,7 @@ def test_a_span_that_the_file_does_not_have_is_told(tmp_path, pictures, sound, s
     film = of_lengths(tmp_path/'a.mp4', pictures, sound)
     put(tmp_path/'in', {'a.mp4': film, 'labels.csv': f'path,start,end\na.mp4,{span}\na.mp4,0,1.5\n'})
     _, rejected, rows = run('folder', tmp_path/'in', tmp_path/'out')
-    assert len(rows) == 1 and rejected.reason.tolist() == ['ends early']
+    assert len(rows) == 1 and rejected.reason.tolist() == ['too short for its list']
     assert rejected.detail[0] == f'a.mp4: {said}'
     line, = summary(rejected)
     assert 'correct the times in the list' in line and 'min_frames' not in line

@@ -92,7 +92,7 @@ def _refuse_early_end(
         verb = 'ends' if kind == 'sound' else 'end'
         where = f'{"before" if is_behind else "at"} {(first + steps)/fps:.1f} s'
         span = f'from {first/fps:.1f} s' + (f' to {end:.1f} s' if end is not None else '')
-        raise Rejection('ends early', f'{name}: the {kind} {verb} {where}, its list says {span}')
+        raise Rejection('too short for its list', f'{name}: the {kind} {verb} {where}, its list says {span}')
 
 def _steps(
     lengths: dict, # of pictures and sound, visual steps

@@ -281,7 +281,7 @@ REMEDIES = { # for each reason
     'no video': 'these files are sounds: give them a dataset of their own',
     'no audio': 'set sound: false for the dataset to use its pictures alone',
     'too short': "lower the dataset's min_frames",
-    'ends early': 'correct the times in the list, or get the whole files',
+    'too short for its list': 'correct the times in the list, or get the whole files',
     'too large': 'cut the files, or use their pictures or sound alone',
     'takes too long': 'raise preprocess.time_limit',
     'unknown colours': "convert these files to BT.709, for example with ffmpeg's filter libplacebo",
