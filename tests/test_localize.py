@@ -11,7 +11,11 @@ from torch.nn import functional as F
 
 from glcm.attention import attention_scores, attention_to_frame
 from glcm.core import InputError, root
-from glcm.data.shards import ClipStore
+from glcm.data.clip import ClipConfig
+from glcm.data.preprocess import preprocess
+from glcm.data.shards import ClipStore, StoreConfig
+from glcm.datasets.catalogue import read_catalogue
+from glcm.miniature.world import write_world
 from glcm.model import GLCM
 from glcm.report.figures import plot_attention
 from glcm.training.checkpoints import save_checkpoint
@@ -45,6 +49,22 @@ def boxed(shards):
 @pytest.fixture(scope='module')
 def speech(shards):
     return ClipStore(tiny_clips(shards, 'avspeech', speech=4))
+
+
+@pytest.fixture(scope='module')
+def sounds(tmp_path_factory):
+    "Kinetics-Sounds: a list for training alone, of which one film in four is of an action that cannot be heard."
+    folder, clips = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('sounds')
+    write_world(folder, dict(kinetics700=dict(train=4)), workers=0)
+    source, labels = folder/'kinetics700', ['playing guitar', 'tapping pen', 'yoga', 'singing']
+    table = pd.read_csv(source/'train.csv')
+    for path in (source/'train').glob('*/*.mp4'): # out of the folders of the drawn labels
+        path.rename(source/'train'/path.name)
+    table.assign(label=labels).to_csv(source/'train.csv', index=False)
+    (source/'validate.csv').unlink()
+    config, store = ClipConfig(fps=10, short_side=64, max_rejected=0), StoreConfig(container='h264', crf=22, keyframe=16)
+    preprocess(read_catalogue('kinetics_sounds', source), source, clips/'out', config, RUN.audio, store, RUN.views.frames)
+    return ClipStore(clips/'out')
 
 
 def with_clips(store, change):
@@ -236,10 +256,10 @@ def test_overlay_is_a_second_softmax_resampled_to_the_frame():
         assert overlay.max()/overlay.min() < np.e
 
 
-def test_stage_of_a_dataset_without_boxes(speech, tmp_path, monkeypatch):
+def test_stage_of_a_dataset_without_boxes(sounds, tmp_path, monkeypatch):
     monkeypatch.delenv('IN_TEST', raising=False)
     save_checkpoint(tmp_path/'checkpoint.pt', RUN, 'no data', 0, new_model())
-    places = dict(checkpoint=str(tmp_path/'checkpoint.pt'), clips=str(speech.folder), out=str(tmp_path/'out'))
+    places = dict(checkpoint=str(tmp_path/'checkpoint.pt'), clips=str(sounds.folder), out=str(tmp_path/'out'))
     stage = root()/'nbs'/'stages'/'localize.ipynb'
     executed = papermill.execute_notebook(stage, tmp_path/'executed.ipynb', places, progress_bar=False, cwd=str(root()))
     printed = ''
@@ -253,4 +273,4 @@ def test_stage_of_a_dataset_without_boxes(speech, tmp_path, monkeypatch):
     scores = pd.read_csv(tmp_path/'out'/'scores.csv')
     synchronisation = pd.read_csv(tmp_path/'out'/'synchronisation.csv')
     assert scores.empty and summarise_localization(scores).loc['model'].isna().all()
-    assert synchronisation['clip'].nunique() == 4
+    assert synchronisation['clip'].nunique() == 3, 'all but the one of yoga'
