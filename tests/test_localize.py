@@ -51,20 +51,25 @@ def speech(shards):
     return ClipStore(tiny_clips(shards, 'avspeech', speech=4))
 
 
+def decoded(source, reader, out):
+    "A folder as the stage decodes it."
+    config, store = ClipConfig(fps=10, short_side=64, max_rejected=0), StoreConfig(container='h264', crf=22, keyframe=16)
+    preprocess(read_catalogue(reader, source), source, out, config, RUN.audio, store, RUN.views.frames)
+    return ClipStore(out)
+
+
 @pytest.fixture(scope='module')
-def sounds(tmp_path_factory):
+def sounds(shards, tmp_path_factory):
     "Kinetics-Sounds: a list for training alone, of which one film in four is of an action that cannot be heard."
-    folder, clips = tmp_path_factory.mktemp('source'), tmp_path_factory.mktemp('sounds')
-    write_world(folder, dict(kinetics700=dict(train=4)), workers=0)
-    source, labels = folder/'kinetics700', ['playing guitar', 'tapping pen', 'yoga', 'singing']
-    table = pd.read_csv(source/'train.csv')
+    source = tmp_path_factory.mktemp('source')/'kinetics700'
+    write_world(source.parent, dict(kinetics700=dict(train=4)), workers=0)
     for path in (source/'train').glob('*/*.mp4'): # out of the folders of the drawn labels
         path.rename(source/'train'/path.name)
+    table = pd.read_csv(source/'train.csv')
+    labels = ['playing guitar', 'tapping pen', 'yoga', 'singing']
     table.assign(label=labels).to_csv(source/'train.csv', index=False)
     (source/'validate.csv').unlink()
-    config, store = ClipConfig(fps=10, short_side=64, max_rejected=0), StoreConfig(container='h264', crf=22, keyframe=16)
-    preprocess(read_catalogue('kinetics_sounds', source), source, clips/'out', config, RUN.audio, store, RUN.views.frames)
-    return ClipStore(clips/'out')
+    return decoded(source, 'kinetics_sounds', shards/'kinetics_sounds')
 
 
 def with_clips(store, change):
@@ -194,6 +199,28 @@ def test_clips_without_boxes_among_others_are_named(boxed):
     boxed = with_clips(boxed, lambda k, row: dict(boxes=None) if k == 1 else {})
     with pytest.raises(InputError, match=f"clip {boxed.clips[1]['clip']} of .* has no boxes"):
         localize(new_model(), RUN, boxed)
+
+
+def test_peaks_on_a_silent_face_are_counted(shards, tmp_path):
+    "The mouth of every speaker, and a silent face where there is one: as a loop over pixels finds them."
+    write_world(tmp_path, dict(talkers=dict(held_out=5)), workers=0)
+    store, model = decoded(tmp_path/'talkers', 'vggss', shards/'talkers'), new_model()
+    scores = localize(model, RUN, store)
+    scores = scores[scores.method == 'model'].set_index('clip')
+    beside = []
+    for i, clip in enumerate(store.clips):
+        heatmap = attention_heatmap(model, *middle_span(store, i, RUN.views.frames))
+        height, width = heatmap.shape
+        y, x = divmod(int(heatmap.argmax()), width)
+        row = scores.loc[clip['clip']]
+        assert row.on_mouth == holds(clip['others']['mouth'][0], x, y, width, height)
+        assert pd.isna(row.on_silent) == (clip['label'] == 'alone')
+        if 'silent' in clip['others']:
+            assert row.on_silent == holds(clip['others']['silent'][0], x, y, width, height)
+            beside.append(holds(clip['boxes'][0], x, y, width, height))
+    assert 0 < len(beside) < 5
+    metrics = summarise_localization(scores.reset_index()).loc['model']
+    assert metrics.beside_silent == np.mean(beside)
 
 
 def test_clips_for_evaluation(speech, boxed):

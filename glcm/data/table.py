@@ -585,11 +585,12 @@ def as_table(
     rows: list, # dicts with `clip`, `path`, other columns, `place` (where a list has it) and `elsewhere`
     folder: str | Path | None = None, # the dataset's, to look for the files in
     own: bool = False, # whether the list is the user's own: names are exact, and rows have to agree
-) -> pd.DataFrame: # all of the columns, each clip once; with `attrs`
+) -> pd.DataFrame: # all of `COLUMNS`, and `others` where a clip has them, each clip once; with `attrs`
     "Rows as a catalogue, with `None` for no value; raises `InputError` if an own list contradicts itself."
     renamed = _find_files(rows, Folders(folder, endings=not own)) if folder else []
     kept, repeated = _without_repetitions(rows, own)
-    values = {column: [row.get(column) for row in kept] for column in COLUMNS}
+    columns = COLUMNS if not any(row.get('others') for row in kept) else [*COLUMNS, 'others']
+    values = {column: [row.get(column) for row in kept] for column in columns}
     table = pd.DataFrame(values, dtype=object)
     table.attrs['notes'] = _notes(repeated, renamed)
     return table

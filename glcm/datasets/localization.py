@@ -37,30 +37,23 @@ def _vggss_row(
         path = 'clips/' + file + '.mp4' # a TypeError where the file is no text
         label = item['class']
         video = file.rpartition('_')[0] or None
+        others = {str(name): usable_boxes(others) for name, others in item.get('others', {}).items()}
     except (AttributeError, KeyError, TypeError, ValueError) as e:
         raise ValueError(f'file, class and bbox as [[x1, y1, x2, y2], ...] are needed; found {e!r}') from None
     if not boxes:
         return None
-    return dict(clip=file, path=path, label=label, split='test', group=video, boxes=boxes)
+    return dict(clip=file, path=path, label=label, split='test', group=video, boxes=boxes, others=others)
 
 # %% ../../nbs/29_datasets.localization.ipynb #f73b6c26
 def vggss(
     folder: Path, # holds vggss.json and clips/<file>.mp4
-) -> pd.DataFrame: # the catalogue, with boxes and, where items have them, the boxes of `others`, by name
+) -> pd.DataFrame: # the catalogue, with boxes and, where items have them, `others`: name -> boxes
     "VGG Sound Source (Chen et al. 2021): clips with a box around what sounds."
     path = folder/'vggss.json'
     if not path.exists():
         return as_table([])
     items = read_json(path, list)
-    table = as_table(read_items(folder, path, enumerate(items, 1), _vggss_row, 'item'), folder)
-    others = {}
-    for item in items:
-        is_clip = isinstance(item, dict) and isinstance(item.get('file'), str)
-        if is_clip and 'others' in item:
-            others[item['file']] = item['others']
-    if others:
-        table['others'] = [others.get(clip) for clip in table['clip']]
-    return table
+    return as_table(read_items(folder, path, enumerate(items, 1), _vggss_row, 'item'), folder)
 
 # %% ../../nbs/29_datasets.localization.ipynb #009
 ANNOTATOR = 0.5 # weight of one person's box: two people who agree make a whole

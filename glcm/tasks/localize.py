@@ -99,9 +99,11 @@ def _clip_scores(
     area = float(box_mask(clip['boxes'], *heatmap.shape).mean())
     about = dict(clip=clip['clip'], group=clip['group'] or '', label=clip['label'], area=area)
     maps = dict(model=heatmap, **baseline_maps(*heatmap.shape, clip['clip']))
+    masks = {f'on_{name}': box_mask(boxes, *heatmap.shape) for name, boxes in (clip.get('others') or {}).items()}
     rows = []
     for method, each in maps.items():
-        rows.append(about | dict(method=method) | score_heatmap(each, clip['boxes']))
+        others = {column: float(pointing_hit(each, mask)) for column, mask in masks.items()}
+        rows.append(about | dict(method=method) | score_heatmap(each, clip['boxes']) | others)
     return rows
 
 # %% ../../nbs/48_tasks.localize.ipynb #013
@@ -121,7 +123,7 @@ def localize(
     config: RunConfig, # how it was trained
     store: ClipStore, # clips
     ranks: Ranks = ALONE, # processes that share the clips
-) -> pd.DataFrame: # with `SCORE_COLUMNS`, a row per clip and method; empty for a dataset without boxes
+) -> pd.DataFrame: # with `SCORE_COLUMNS` and on_<name>, a row per clip and method; empty without boxes
     "Score the model and the baselines on every test clip; raises `InputError` where only some have boxes."
     test_clips = store.select(split='test')
     if not any(store.clips[i]['boxes'] for i in test_clips):
@@ -133,21 +135,21 @@ def localize(
             raise InputError(f"clip {clip['clip']} of {store.folder} has no boxes to compare with")
         video, audio = middle_span(store, i, config.views.frames)
         rows.append(_clip_scores(attention_heatmap(model, video, audio), clip))
-    return pd.DataFrame(chain.from_iterable(gather_in_order(rows, ranks)))[SCORE_COLUMNS]
+    table = pd.DataFrame(chain.from_iterable(gather_in_order(rows, ranks)))
+    return table[[*SCORE_COLUMNS, *table.columns.difference(SCORE_COLUMNS)]]
 
 # %% ../../nbs/48_tasks.localize.ipynb #015
 LOCALIZATION_METRICS = ['pointing', 'ciou_50', 'auc', 'ciou_median', 'auc_median']
 
 def summarise_localization(
     scores: pd.DataFrame, # as `localize` returns
-) -> pd.DataFrame: # method (index), `LOCALIZATION_METRICS`; NaN for the model where there were no boxes
+) -> pd.DataFrame: # method (index), `LOCALIZATION_METRICS` and of others; NaN for the model where there were no boxes
     "The metrics of `glcm.tasks.metrics.localization_scores` for each method."
     if scores.empty:
         metrics = dict(model=dict.fromkeys(LOCALIZATION_METRICS, np.nan))
     else:
         metrics = {method: localization_scores(rows) for method, rows in scores.groupby('method', sort=False)}
-    table = pd.DataFrame.from_dict(metrics, orient='index', columns=LOCALIZATION_METRICS)
-    return table.rename_axis('method')
+    return pd.DataFrame.from_dict(metrics, orient='index').rename_axis('method')
 
 # %% ../../nbs/48_tasks.localize.ipynb #017
 def _pretraining_clips(

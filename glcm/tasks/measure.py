@@ -57,7 +57,8 @@ def measure(
         rows = Path(folder)/'rows.json'
         launch(['-m', 'glcm.tasks.measure', name, f'--checkpoint={checkpoint}', f'--clips={clips}', f'--out={rows}'],
                machine.gpus, machine.restarts)
-        return pd.DataFrame(json.loads(rows.read_text()), columns=COLUMNS[name])
+        found = json.loads(rows.read_text())
+        return pd.DataFrame(found, columns=list(found[0]) if found else COLUMNS[name])
 
 # %% ../../nbs/48a_tasks.measure.ipynb #008
 def main(arguments: list[str] | None = None):

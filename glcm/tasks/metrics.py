@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['NEGATIVE_SOUNDS', 'MEASURED', 'box_weights', 'box_mask', 'pointing_hit', 'above_half_range', 'above_median', 'ciou',
-           'success_rate', 'success_auc', 'localization_scores', 'baseline_maps', 'synchronisation_hits',
-           'synchronisation_scores', 'listening_scores', 'offset_scores', 'matching_scores', 'mosaic_scores',
-           'top1_correct', 'top1_scores', 'retrieval_correct', 'retrieval_scores', 'rank_auc', 'balanced_accuracy',
-           'deepfake_scores', 'sentence_errors', 'sentence_scores', 'task_scorer']
+           'success_rate', 'success_auc', 'other_scores', 'localization_scores', 'baseline_maps',
+           'synchronisation_hits', 'synchronisation_scores', 'listening_scores', 'offset_scores', 'matching_scores',
+           'mosaic_scores', 'top1_correct', 'top1_scores', 'retrieval_correct', 'retrieval_scores', 'rank_auc',
+           'balanced_accuracy', 'deepfake_scores', 'sentence_errors', 'sentence_scores', 'task_scorer']
 
 # %% ../../nbs/40_tasks.metrics.ipynb #002
 import json
@@ -100,20 +100,35 @@ def success_auc(
     rates = np.average(reached, axis=0, weights=counts)
     return float(np.trapezoid(rates, thresholds))
 
+# %% ../../nbs/40_tasks.metrics.ipynb #017b
+def other_scores(
+    clips: pd.DataFrame, # a row per clip: pointing (bool), and on_<name> where something else has a box: 0, 1 or NaN
+    counts: np.ndarray, # (n,) how often each clip counts
+) -> dict: # for each name on_<name> and beside_<name>; NaN where no clip that counts has it
+    "How often the peak lies on something else that clips show, and how often on the source where that is there."
+    scores = {}
+    for column in clips.columns[clips.columns.str.startswith('on_')]:
+        weights = counts*clips[column].notna()
+        total = weights.sum() or np.nan
+        scores[column] = (weights*clips[column].fillna(0)).sum()/total
+        scores[column.replace('on_', 'beside_', 1)] = (weights*clips.pointing).sum()/total
+    return scores
+
 # %% ../../nbs/40_tasks.metrics.ipynb #019
 def localization_scores(
-    clips: pd.DataFrame, # a row per clip: pointing (bool), ciou (half range), ciou_median (median)
+    clips: pd.DataFrame, # a row per clip: pointing (bool), ciou (half range), ciou_median (median), perhaps on_<name>
     counts: np.ndarray | None = None, # (n,) how often each clip counts; None: once
-) -> dict: # pointing; of the half range ciou_50 and auc, of the median ciou_median and auc_median
+) -> dict: # pointing; of the half range ciou_50 and auc, of the median ciou_median and auc_median; `other_scores`
     "Pointing accuracy, and for both thresholds the success rate and the area under it, in 0..1."
     half_range = clips.ciou.to_numpy()
     median = clips.ciou_median.to_numpy()
-    return dict(
+    scores = dict(
         pointing=np.average(clips.pointing.to_numpy(), weights=counts),
         ciou_50=success_rate(half_range, counts=counts),
         auc=success_auc(half_range, counts),
         ciou_median=success_rate(median, counts=counts),
         auc_median=success_auc(median, counts))
+    return scores | other_scores(clips, np.ones(len(clips)) if counts is None else counts)
 
 # %% ../../nbs/40_tasks.metrics.ipynb #022
 def baseline_maps(
