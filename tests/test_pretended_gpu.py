@@ -19,7 +19,7 @@ from glcm.training.config import run_config
 from glcm.training.pretrain import copied_ahead
 
 GPU = torch.device('cuda', 0)
-VARIANTS = ['glcm', 'glcm_no_local', 'glcm_no_mil', 'moco', 'cpc', 'dpc', 'infomax', 'avts', 'avslowfast']
+VARIANTS = ['glcm', 'glcm_no_local', 'glcm_no_mil', 'moco', 'cpc', 'dpc', 'infomax', 'avts', 'avts_cross_entropy', 'avslowfast']
 aten = torch.ops.aten
 
 

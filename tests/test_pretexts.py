@@ -33,7 +33,7 @@ from glcm.training.step import training_step
 from test_resume import assert_equal_runs, write_clips
 
 # rows of `variants`, each with another pretext or part of one
-VARIANTS = ['glcm', 'glcm_no_local', 'moco', 'cpc', 'dpc', 'infomax', 'avts', 'avslowfast']
+VARIANTS = ['glcm', 'glcm_no_local', 'moco', 'cpc', 'dpc', 'infomax', 'avts', 'avts_cross_entropy', 'avslowfast']
 LATE = 5 # a step at which all that a pretext does is going on
 SMALL = dict(views=dict(crop=32), model=dict(grid=8)) # a step on such pictures costs a third
 
@@ -359,7 +359,29 @@ def test_closed_forms_of_avts():
 
 def slow_avts(outputs, views, margin):
     "The loss of AVTS by its definition, clip by clip, in Python's numbers."
-    video, sound, second = (tensor.tolist() for tensor in outputs)
+    def loss(video, positive, negative):
+        near = math.dist(video, positive)**2
+        far = max(0, margin - math.dist(video, negative))**2
+        return (near + far)/2
+    return mean_of_triples(outputs, views, loss)
+
+
+def slow_cross_entropy(outputs, views, score):
+    "The same of its other objective: concatenated features, two layers, yes or no."
+    *weights, bias = score
+
+    def yes(video, sound):
+        answer = bias + sum(weight*max(0, v + s) for weight, v, s in zip(weights, video, sound))
+        return 1/(1 + math.exp(-answer))
+
+    def loss(video, positive, negative):
+        return -(math.log(yes(video, positive)) + math.log(1 - yes(video, negative)))/2
+    return mean_of_triples(outputs, views, loss)
+
+
+def mean_of_triples(outputs, views, loss):
+    "The mean over the clips that teach of a loss of frames, their sound and another sound."
+    video, sound, second = (tensor.tolist() for tensor in outputs[:3])
     total, count = 0., 0
     for k in range(len(video)):
         hard = bool(views['hard'][k])
@@ -367,9 +389,7 @@ def slow_avts(outputs, views, margin):
         teaches = views['second_audible'][k] if hard else views['audible'][k - 1]
         if not (views['audible'][k] and teaches):
             continue
-        near = math.dist(video[k], sound[k])**2
-        far = max(0, margin - math.dist(video[k], negative))**2
-        total += (near + far)/2
+        total += loss(video[k], sound[k], negative)
         count += 1
     return total/count
 
@@ -387,6 +407,25 @@ def test_avts_equals_its_definition():
     network = new_network(run_of('avts'))
     outputs, views = example_of_avts()
     assert network.loss(outputs, views)['loss'].item() == pytest.approx(slow_avts(outputs, views, 0.99), rel=1e-12)
+
+
+def test_cross_entropy_of_avts_equals_its_definition():
+    network = new_network(run_of('avts_cross_entropy'))
+    outputs, views = example_of_avts()
+    score = torch.randn(6, generator=torch.Generator().manual_seed(6), dtype=torch.float64)
+    expected = slow_cross_entropy(outputs, views, score.tolist())
+    outputs = outputs._replace(score=score.expand(9, -1))
+    assert network.loss(outputs, views)['loss'].item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_projections_of_avts_are_a_layer_over_both_features():
+    "Concatenated, as the paper has it."
+    network = new_network(run_of('avts_cross_entropy')).double()
+    frames, sounds = (torch.randn(4, layer.in_features, dtype=torch.float64) for layer in (network.video, network.sound))
+    weight = torch.cat([network.video.weight, network.sound.weight], 1)
+    both = torch.cat([frames, sounds], 1) @ weight.T + network.video.bias + network.sound.bias
+    torch.testing.assert_close(network.video(frames) + network.sound(sounds), both)
+    assert torch.equal(network.second_layer(2)[1], torch.cat([network.score.weight[0], network.score.bias]))
 
 
 def test_gradients_of_avts_are_zero_where_nothing_is_compared():
@@ -421,6 +460,7 @@ CHANCE = dict( # the least loss of a network that cannot tell a positive from a 
     dpc=math.log(8), # that of clips: it can tell the cells of a clip by padding
     infomax=3*math.log(1 + 7*32),
     avts=0.99**2/4,
+    avts_cross_entropy=math.log(2),
     avslowfast=3*0.99**2/4 + math.log(4))
 
 

@@ -7,6 +7,7 @@ __all__ = ['TURNS', 'LAYERS', 'AVSlowFastConfig', 'turn_clips', 'layer_means', '
            'AVSlowFast']
 
 # %% ../../nbs/35a_pretexts.avslowfast.ipynb #002
+from functools import partial
 from typing import ClassVar, Literal, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from ..core import InputError, configuration
 from ..encoders import ResNet18
 from ..losses import ALONE
 from ..model import GLCM, normalize_frames
-from .avts import AVTSConfig, AVTSOutputs, choose_sounds, half_length, hard_share, mean_losses
+from .avts import AVTSConfig, AVTSOutputs, choose_sounds, half_length, hard_share, margin_losses, mean_losses
 from .pretext import Pretext, clip_generators, comparing_ranks, to_device
 
 # %% ../../nbs/35a_pretexts.avslowfast.ipynb #005
@@ -26,6 +27,7 @@ from .pretext import Pretext, clip_generators, comparing_ranks, to_device
 class AVSlowFastConfig(AVTSConfig):
     "Synchronisation at three layers and rotation (AVSlowFast, Xiao et al. 2020)."
     kind: Literal['avslowfast'] # does this sound belong to these pictures, and which way is up?
+    objective: Literal['margin'] = 'margin' # of distances
     losses: ClassVar[tuple[str, ...]] = ('layer2_loss', 'layer3_loss', 'layer4_loss', 'rotation_loss')
 
     def trained(self, run):
@@ -123,9 +125,10 @@ def forward(self: AVSlowFast, views):
 @patch
 def loss(self: AVSlowFast, outputs, views, ranks=ALONE):
     compared = comparing_ranks(self.run, ranks)
+    terms = partial(margin_losses, margin=self.run.pretext.margin)
     losses = {}
     for k, layer in enumerate(LAYERS):
         embeddings = AVTSOutputs(outputs.video[:, k], outputs.sound[:, k], outputs.second[:, k])
-        losses[f'{layer}_loss'] = sum(mean_losses(embeddings, views, self.run.pretext.margin, compared))
+        losses[f'{layer}_loss'] = sum(mean_losses(embeddings, views, terms, compared))
     losses['rotation_loss'] = F.cross_entropy(outputs.rotation, views['turns'])
     return dict(loss=sum(losses.values())) | losses
