@@ -106,6 +106,38 @@ def test_formats_with_lengths_of_eight_bytes_are_read_whole_and_refused_cut(tmp_
         beep(path)
 
 
+UNKNOWN = {'zeros': bytes(24), 'largest': b'\xff'*24, 'empty': b'', 'absent': None}
+
+
+@pytest.mark.parametrize('kind', UNKNOWN)
+def test_rf64_whose_lengths_were_never_filled_in_is_read(tmp_path, kind):
+    lengths, content = UNKNOWN[kind], rf64()
+    chunk = b'' if lengths is None else b'ds64' + struct.pack('<I', len(lengths)) + lengths
+    (tmp_path/'a.wav').write_bytes(content[:12] + chunk + content[48:])
+    at, seconds = beep(tmp_path/'a.wav')
+    assert abs(at - 1) < 0.01 and abs(seconds - SECONDS) < 0.01
+
+
+def padded(taken, used, extensible=True):
+    "The beep as a wav file of numbers that take more bytes than their bits need."
+    levels = (2**(8*taken - 1)*BEEP.astype(float)).astype(np.int64)
+    numbers = b''.join(int(level).to_bytes(taken, 'little', signed=True) for level in levels)
+    kind, bits = (0xFFFE, 8*taken) if extensible else (1, used)
+    form = struct.pack('<HHIIHH', kind, 1, RATE, RATE*taken, taken, bits)
+    if extensible:
+        form += struct.pack('<HHIH', 22, used, 4, 1) + bytes.fromhex('000000001000800000aa00389b71')
+    content = b'WAVEfmt ' + struct.pack('<I', len(form)) + form + b'data' + struct.pack('<I', len(numbers)) + numbers
+    return b'RIFF' + struct.pack('<I', len(content)) + content
+
+
+@pytest.mark.parametrize('taken,used,extensible', [(4, 24, True), (4, 24, False), (4, 16, True), (3, 20, True),
+                                                   (3, 12, True), (2, 8, True), (2, 12, True), (4, 32, True)])
+def test_wav_whose_numbers_take_more_bytes_than_they_need_is_read(tmp_path, taken, used, extensible):
+    (tmp_path/'a.wav').write_bytes(padded(taken, used, extensible))
+    waveform = read_recording(tmp_path/'a.wav', None, None, RATE).waveform
+    np.testing.assert_allclose(waveform, BEEP, atol=2**(1 - min(8*taken, 24)))
+
+
 @pytest.mark.parametrize('kind', ['whole counts its own head', 'whole too long', 'no pad byte', 'data counts the head'])
 @pytest.mark.parametrize('share', [0.1, 0.5, 0.9, 0.99])
 def test_wav_that_was_cut_is_refused(tmp_path, kind, share):
