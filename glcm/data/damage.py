@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['MOST_CHUNKS', 'TOO_LITTLE_TO_HEAR', 'PLAIN', 'EXTENSIBLE', 'FURTHEST', 'FIRST', 'LAST', 'FULL', 'WHOLE', 'CHUNKS',
-           'TAGS', 'PCM', 'Rejection', 'corrected_head', 'Corrected', 'refuse_torn', 'is_tag', 'is_leftover']
+           'TAGS', 'PCM', 'Rejection', 'repeats_at_end', 'corrected_head', 'Corrected', 'refuse_torn', 'is_tag',
+           'is_leftover']
 
 # %% ../../nbs/11_data.damage.ipynb #002
 import os
@@ -39,14 +40,17 @@ def _length_is_unknown(
     return length == 0 or any(abs(length - 2**bits) <= 2**16 for bits in (31, 32, 63, 64))
 
 # %% ../../nbs/11_data.damage.ipynb #35f04bfc
+def _is_name(name: bytes) -> bool:
+    "Whether these bytes can be the name of a chunk."
+    return len(name) == 4 and name.isascii() and name.decode().isprintable()
+
 def _chunks(file: BinaryIO): # (name, offset of the content, length), those of a RIFF chunk itself left out
     "Walk the outermost chunks of a RIFF file."
     at = 0
     for _ in range(MOST_CHUNKS):
         file.seek(at)
         name, length, form = file.read(4), int.from_bytes(file.read(4), 'little'), file.read(4)
-        is_name = len(name) == 4 and name.isascii() and name.decode().isprintable()
-        if not is_name:
+        if not _is_name(name):
             return
         if name in (b'RIFF', b'RF64', b'BW64'):
             at += 12
@@ -82,6 +86,26 @@ def _riff_is_whole(
     file.seek(4)
     whole = int.from_bytes(file.read(4), 'little')
     return _length_is_unknown(whole) or whole <= size
+
+# %% ../../nbs/11_data.damage.ipynb #0c4d8e61
+def repeats_at_end(
+    file: BinaryIO, # an avi file
+    stream: int, # number of its pictures' stream
+) -> int:
+    "How many more times an avi file shows its last picture."
+    names = tuple(f'{stream:02d}{kind}'.encode() for kind in ('dc', 'db'))
+    at, repeats = 0, 0
+    while True:
+        file.seek(at)
+        name, length, form = file.read(4), int.from_bytes(file.read(4), 'little'), file.read(4)
+        if not _is_name(name):
+            return repeats
+        if name == b'RIFF' or name == b'LIST' and form in (b'movi', b'rec '):
+            at += 12
+            continue
+        if name in names:
+            repeats = 0 if length else repeats + 1
+        at += 8 + length + length % 2
 
 # %% ../../nbs/11_data.damage.ipynb #b7e09a31
 PLAIN, EXTENSIBLE = 1, 0xFFFE # kinds of sound in a wav file: plain numbers, and one that is named further behind

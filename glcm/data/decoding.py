@@ -17,7 +17,7 @@ from av.format import Flags
 from fastcore.basics import patch
 
 from .clock import SETTLING, Clock, choose_streams, from_key_frame, open_file, seconds_of, streams_of
-from .damage import Rejection, is_leftover, is_tag, refuse_torn
+from .damage import Rejection, is_leftover, is_tag, refuse_torn, repeats_at_end
 
 # %% ../../nbs/15_data.decoding.ipynb #005
 av.logging.set_level(av.logging.ERROR)
@@ -233,6 +233,18 @@ def _begins(
     return float((stream.start_time or 0)*stream.time_base)
 
 @patch
+def _add_repeats(
+    self: Decoding, # all of whose frames were decoded
+):
+    "Let the last picture of an avi that is shorter than promised stay for as long as it is repeated."
+    end, stream = self.ends.get('video'), self.streams.get('video')
+    if end is None or self.container.format.name != 'avi' or end > _begins(stream) + _promised(stream) - 1e-3:
+        return
+    with open(self.container.name.removeprefix('file:'), 'rb') as file:
+        repeats = repeats_at_end(file, stream.index)
+    self.ends['video'] += float(repeats*stream.time_base)
+
+@patch
 def _bound_end(
     self: Decoding, # all of whose frames were decoded
 ):
@@ -260,6 +272,7 @@ def frames(
             raise self.damage(message)
     if self.tolerance.lost > MOST_LOST*self.tolerance.end:
         raise self.damage(f'{self.tolerance.lost:.1f} s of pictures are damaged')
+    self._add_repeats()
     self._bound_end()
 
 # %% ../../nbs/15_data.decoding.ipynb #013
