@@ -115,6 +115,39 @@ def test_a_clock_that_restarts(tmp_path):
     assert_in_step(recording, [time + k*4.0 for k in range(3) for time in FLASHES])
 
 
+def written(path, container, codec, options):
+    "A film of four seconds in a container without H.264, or without lengths."
+    with av.open(str(path), 'w', container, options=options) as out:
+        video, audio = out.add_stream(codec, rate=25), out.add_stream('libopus', rate=RATE, layout='mono')
+        video.width, video.height, video.pix_fmt = 96, 64, 'yuv420p'
+        made = []
+        for picture in [*pictures(), None]:
+            made += video.encode(picture if picture is None else av.VideoFrame.from_ndarray(picture, format='rgb24'))
+        sound = av.AudioFrame.from_ndarray(tone()[None], format='fltp', layout='mono')
+        sound.sample_rate, sound.pts, sound.time_base = RATE, 0, Fraction(1, RATE)
+        resampler = av.AudioResampler(format='flt', layout='mono', rate=RATE)
+        for piece in [*resampler.resample(sound), *resampler.resample(None), None]:
+            made += audio.encode(piece)
+        for packet in sorted(made, key=lambda packet: float(packet.pts*packet.time_base)):
+            out.mux(packet)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize('options', [{}, {'live': '1'}]) # with lengths; as a browser records
+def test_matroska_films_that_were_joined_are_read_to_the_end(tmp_path, options):
+    path = tmp_path/'film.webm'
+    path.write_bytes(written(path, 'webm', 'libvpx', options)*2)
+    seconds = read_recording(path, 10, 64, 24000).waveform.size/24000
+    assert_in_step(read_recording(path, 10, 64, 24000), [*FLASHES, *(seconds/2 + flash for flash in FLASHES)])
+
+
+def test_ogg_films_that_were_joined_are_refused_plainly(tmp_path):
+    path = tmp_path/'film.ogv'
+    path.write_bytes(written(path, 'ogg', 'libvpx', {})*2)
+    with pytest.raises(Rejection, match='film.ogv: a second film is joined on behind the first, .* split the file'):
+        read_recording(path, 10, 64, 24000)
+
+
 def test_a_recording_that_begins_between_key_frames(tmp_path):
     data = film(tmp_path/'whole.ts').read_bytes()
     (tmp_path/'cut.ts').write_bytes(data[188*(len(data)//188//5):])

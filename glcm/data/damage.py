@@ -207,6 +207,22 @@ def _ogg_is_whole(
         file.seek(sum(parts), 1)
     return file.tell() <= size and not any(is_open.values())
 
+# %% ../../nbs/11_data.damage.ipynb #93d4a0b6
+def _is_joined_film(
+    file: BinaryIO, # an Ogg file
+) -> bool:
+    "Whether several streams of an Ogg file begin once more behind other pages."
+    streams, has_begun = 0, False
+    while (head := file.read(27)).startswith(b'OggS') and len(head) == 27:
+        begins = bool(head[5] & FIRST)
+        if begins and has_begun:
+            return True
+        streams, has_begun = streams + begins, not begins
+        if has_begun and streams < 2:
+            return False
+        file.seek(sum(file.read(head[26])), 1)
+    return False
+
 # %% ../../nbs/11_data.damage.ipynb #015
 def _caf_is_whole(
     file: BinaryIO, # a CAF file
@@ -266,19 +282,33 @@ def _unpadded_chunk(
             return name.decode().strip()
     return None
 
+def _problem_of(
+    file: BinaryIO, # a RIFF or Ogg file
+    check, # by which it is seen whether the file is whole
+) -> str | None: # None: there is none
+    "What FFmpeg cannot read in a file of which no part is missing."
+    if check is _riff_is_whole and (name := _unpadded_chunk(file)):
+        return f'its chunk {name} has an odd length and no byte behind it that makes it even'
+    file.seek(0)
+    if check is _ogg_is_whole and _is_joined_film(file):
+        return 'a second film is joined on behind the first, which FFmpeg does not read in Ogg: split the file'
+    return None
+
 def refuse_torn(
     path: Path, # a media file
 ):
-    "Raise `Rejection` when a part of a file is missing by its container's own account, or one byte of a wav file."
+    "Raise `Rejection` when a part of a file is missing by its container's own account, or cannot be read by FFmpeg."
     with open(path, 'rb') as file:
         check = WHOLE.get(file.read(4))
-        if check is _riff_is_whole and (name := _unpadded_chunk(file)):
-            problem = f'its chunk {name} has an odd length and no byte behind it that makes it even'
+        if check is None:
+            return
+        if problem := _problem_of(file, check):
             raise Rejection('does not decode', f'{path.name}: {problem}')
         file.seek(0)
         size = os.fstat(file.fileno()).st_size
-        if check and not check(file, size):
+        if not check(file, size):
             raise Rejection('cut off', f'{path.name}: a part of the file is missing')
+
 
 # %% ../../nbs/11_data.damage.ipynb #021
 TAGS = b'ID3', b'TAG', b'APETAGEX', b'LYRICS' # ID3v2, ID3v1, APE, Lyrics3
