@@ -179,13 +179,13 @@ def test_plain_numbers_that_were_cut_are_refused(tmp_path, suffix, odd):
         beep(path)
 
 
-def encoded(path, codec, container=None, tags=None, rate=RATE):
-    "The beep in a compressed file."
+def encoded(path, codec, container=None, tags=None, rate=RATE, sound=BEEP):
+    "A sound in a compressed file."
     with av.open(str(path), 'w', container) as out:
         out.metadata.update(tags or {})
         layout = 'stereo' if codec == 'vorbis' else 'mono' # all that FFmpeg's own encoder knows
         stream = out.add_stream(codec, rate=rate, layout=layout, options=dict(strict='-2'))
-        frame = av.AudioFrame.from_ndarray(BEEP[None], 'fltp', 'mono')
+        frame = av.AudioFrame.from_ndarray(sound[None], 'fltp', 'mono')
         frame.sample_rate = RATE
         resampler = av.AudioResampler(format=stream.format.name, layout=layout, rate=stream.rate,
                                       frame_size=stream.frame_size)
@@ -297,6 +297,16 @@ def test_joined_mp3_is_read(tmp_path):
         loud = np.flatnonzero(np.abs(waveform) > 0.1)/RATE
         first, second = loud[loud < SECONDS], loud[loud > SECONDS]
         assert abs(first[0] - 1) < 0.06 and abs(second[0] - SECONDS - 1) < 0.15
+
+
+def test_joined_flac_is_read_in_place(tmp_path):
+    path, noise = tmp_path/'joined.flac', np.random.default_rng(0).normal(0, 0.1, SECONDS*RATE).astype(np.float32)
+    path.write_bytes(encoded(path, 'flac', 'flac', sound=noise)*2)
+    waveform = read_recording(path, None, None, RATE).waveform
+    np.testing.assert_allclose(waveform, np.tile(noise, 2), atol=1e-4)
+    start, end = SECONDS + 0.5, SECONDS + 2
+    span = read_recording(path, None, None, RATE, start, end).waveform
+    np.testing.assert_allclose(span, waveform[int(start*RATE):int(end*RATE)], atol=1e-4)
 
 
 @pytest.fixture

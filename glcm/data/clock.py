@@ -180,6 +180,15 @@ def place(
     if not packet.is_discard:
         self._advance(packet, ticks*tick + shift, has_decoding_time)
 
+@patch
+def prolong(
+    self: Clock,
+    stream: av.stream.Stream,
+    end: float, # seconds, on this clock
+):
+    "Note that a stream lasts until `end`, by what was decoded of a packet without times."
+    self.ends[stream] = max(end, self.ends.get(stream, end))
+
 # %% ../../nbs/14_data.clock.ipynb #016
 SETTLING = 1.0 # seconds of sound that are decoded before a span, so that decoder and filters have settled
 

@@ -202,7 +202,10 @@ def _time(
     "When a frame is shown or heard; None where that is not known."
     if frame.pts is not None:
         return frame.time
-    return self.ends.get(kind, 0.0 if self.untimed else None)
+    begins = 0.0 if self.untimed else None
+    if kind == 'audio':
+        begins = self.clock.ends.get(self.streams[kind], begins)
+    return self.ends.get(kind, begins)
 
 # %% ../../nbs/15_data.decoding.ipynb #0115i
 @patch
@@ -221,6 +224,9 @@ def _timed(
             count_lost(self.tolerance, time, self.ends[kind], self.name)
             self.last = max(time, self.last)
         yield frame, time
+    is_untimed = packet.pts is None and packet.dts is None
+    if is_untimed and packet.size and kind in self.ends:
+        self.clock.prolong(packet.stream, self.ends[kind])
 
 # %% ../../nbs/15_data.decoding.ipynb #7c1d5a20
 def _promised(
