@@ -134,6 +134,7 @@ class Decoding:
 
     def __post_init__(self):
         flags = Flags(self.container.format.flags)
+        self.is_flac = self.container.format.name == 'flac'
         self.is_raw = self.container.format.name in RAW
         self.untimed = self.is_raw or Flags.no_timestamps in flags
         clock_jumps = Flags.ts_discont in flags
@@ -201,7 +202,7 @@ def _time(
 ) -> float | None: # seconds
     "When a frame is shown or heard; None where that is not known."
     if frame.pts is not None:
-        return frame.time
+        return max(frame.time, self.ends.get(kind, frame.time)) if self.is_flac else frame.time
     begins = 0.0 if self.untimed else None
     if kind == 'audio':
         begins = self.clock.ends.get(self.streams[kind], begins)
