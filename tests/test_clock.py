@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import glcm.data.video
+from glcm.data.clock import Clock
 from glcm.data.damage import Rejection
 from glcm.data.video import read_recording, write_video
 
@@ -477,6 +478,34 @@ def test_a_span_of_a_long_film_is_found_by_seeking(tmp_path, monkeypatch):
     frames.clear()
     read_recording(path, 10, 64, 24000)
     assert len(frames) > 1700
+
+
+def test_a_transport_stream_is_looked_through_once_for_all_its_spans(tmp_path, monkeypatch):
+    path, placed, place = film(tmp_path/'film.ts', seconds=24), [], Clock.place
+    def counted(clock, packet):
+        placed.append(packet)
+        place(clock, packet)
+    monkeypatch.setattr(Clock, 'place', counted)
+    whole = read_recording(path, 10, 64, 24000)
+    needed = []
+    for start in (20, 18, 2, 20):
+        placed.clear()
+        span = read_recording(path, 10, 64, 24000, start, start + 1)
+        np.testing.assert_array_equal(span.planes, whole.planes[10*start:10*start + 10])
+        np.testing.assert_allclose(span.waveform, whole.waveform[24000*start:][:24000], atol=1e-3)
+        needed.append(len(placed))
+    assert needed[0] > 1500 # of 1725 packets
+    assert max(needed[1:]) < 500
+
+
+def test_a_span_of_joined_transport_streams(tmp_path):
+    path = film(tmp_path/'film.ts', seconds=9)
+    path.write_bytes(path.read_bytes()*2)
+    whole = read_recording(path, 10, 64, 24000)
+    for start in (6, 13, 7, 15):
+        span = read_recording(path, 10, 64, 24000, start, start + 2)
+        np.testing.assert_array_equal(span.planes, whole.planes[10*start:10*start + 20])
+        np.testing.assert_allclose(span.waveform, whole.waveform[24000*start:][:48000], atol=1e-3)
 
 
 def test_a_film_that_does_not_fit_is_refused_early(tmp_path, monkeypatch):

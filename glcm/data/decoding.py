@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOSSY', 'LONGEST_LOSS', 'MOST_LOST', 'LEADING', 'RAW', 'SECOND_FILM', 'LENGTH_IS_GUESSED', 'NEVER_TOO_LONG',
-           'SEARCHABLE', 'Tolerance', 'count_lost', 'placed_packets', 'complaint', 'Decoding', 'refuse_length',
-           'decoding']
+           'SEARCHABLE', 'BEFORE', 'LOOKED_THROUGH', 'Tolerance', 'count_lost', 'placed_packets', 'complaint',
+           'Decoding', 'refuse_length', 'Places', 'decoding']
 
 # %% ../../nbs/15_data.decoding.ipynb #002
+from bisect import bisect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -327,15 +328,81 @@ SEARCHABLE = 'mov,mp4,m4a,3gp,3g2,mj2', 'matroska,webm', 'avi'
 
 def _seek(
     container: av.container.InputContainer, # an open file
-    streams: dict, # kind -> stream
+    stream: av.stream.Stream, # by whose times to go
     time: float, # seconds
 ):
     "Go to the last key frame before a time, or stay where that is not possible."
-    stream = streams.get('video') or streams['audio']
     try:
         container.seek(int(time/stream.time_base), stream=stream)
     except av.FFmpegError:
         pass # no table of its packets: they are read from the beginning
+
+# %% ../../nbs/15_data.decoding.ipynb #5ad27e90
+BEFORE = SETTLING + 2.0 # seconds in front of a span from which a transport stream is read: sound may come before its pictures
+LOOKED_THROUGH = {} # the transport stream that was looked through last: file -> its `Places`
+
+@dataclass
+class Places:
+    "Where in a transport stream decoding can begin, as far as it was looked through."
+    until: float = 0.0 # seconds up to which that is known
+    restarts: bool = False # whether the clock restarts behind that
+    times: list = field(default_factory=list) # of key frames, half a second apart or more
+    positions: list = field(default_factory=list) # bytes in front of each
+
+def _look_through(
+    path: Path, # a transport stream
+    places: Places, # that are known; those up to `until` are added
+    until: float, # seconds
+):
+    "Find the places at which decoding can begin."
+    with av.logging.Capture(), open_file(path) as container: # damage is noticed in decoding
+        streams = [stream for kind in ('video', 'audio') for stream in streams_of(container, kind)[:1]]
+        if places.positions:
+            container.seek(places.positions[-1], unsupported_byte_offset=True)
+        clock = Clock(jumps=True)
+        for packet in container.demux(*streams):
+            clock.place(packet)
+            time, latest = seconds_of(packet), clock.latest.values()
+            places.restarts = len(clock.shifts) > 1
+            if places.restarts:
+                return
+            is_next = packet.stream is streams[0] and time > max(places.times[-1:], default=0) + 0.5
+            if is_next and packet.is_keyframe and packet.pos is not None:
+                places.times.append(time)
+                places.positions.append(packet.pos)
+            if len(latest) == len(streams) and min(latest) > until:
+                break
+    places.until = until
+
+# %% ../../nbs/15_data.decoding.ipynb #c75f9e13
+def _places(
+    path: Path, # a transport stream
+    since: float, # seconds
+) -> Places: # none where the clock restarts before
+    "Where decoding can begin in front of a time."
+    about = path.stat()
+    key = path, about.st_size, about.st_mtime_ns
+    if key not in LOOKED_THROUGH:
+        LOOKED_THROUGH.clear()
+    places = LOOKED_THROUGH.setdefault(key, Places())
+    if places.until < since and not places.restarts:
+        _look_through(path, places, since)
+    return places if since <= places.until else Places()
+
+def _approach(
+    path: Path, # a media file
+    container: av.container.InputContainer, # that is open of it
+    streams: dict, # kind -> stream
+    since: float, # seconds from which all is wanted
+):
+    "Go to a place from which all can be decoded from a time on, or stay at the beginning."
+    if container.format.name in SEARCHABLE:
+        _seek(container, streams.get('video') or streams['audio'], since - SETTLING)
+    if container.format.name in LOSSY:
+        places = _places(path, since)
+        number = bisect(places.times, since - BEFORE)
+        if number:
+            container.seek(places.positions[number - 1], unsupported_byte_offset=True)
 
 # %% ../../nbs/15_data.decoding.ipynb #e50ef970
 @contextmanager
@@ -350,8 +417,8 @@ def decoding(
         refuse_torn(path)
         with av.logging.Capture() as errors, open_file(path) as container:
             streams = choose_streams(container, kinds, path.name, track)
-            if since is not None and container.format.name in SEARCHABLE:
-                _seek(container, streams, since - SETTLING)
+            if since is not None:
+                _approach(path, container, streams, since)
             yield Decoding(container, streams, path.name, errors, since)
     except (av.FFmpegError, OSError, EOFError) as e:
         raise Rejection('does not decode', f'{path.name}: {e.strerror or e}') from None
