@@ -316,6 +316,13 @@ def test_short_flac_files_that_were_joined_are_all_there(tmp_path):
     np.testing.assert_allclose(waveform, np.tile(noise, 3), atol=1e-4)
 
 
+def test_joined_flac_of_two_kinds_is_refused_plainly(tmp_path):
+    path, noise = tmp_path/'joined.flac', np.random.default_rng(0).normal(0, 0.1, RATE).astype(np.float32)
+    path.write_bytes(b''.join(encoded(path, 'flac', 'flac', rate=rate, sound=noise) for rate in (24000, 48000)))
+    with pytest.raises(Rejection, match='joined.flac: a recording of another kind is joined on .* split the file'):
+        read_recording(path, None, None, RATE)
+
+
 @pytest.fixture
 def avi(tmp_path):
     "A film of three seconds with sound, as an avi file."

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['MOST_CHUNKS', 'TOO_LITTLE_TO_HEAR', 'PLAIN', 'EXTENSIBLE', 'FURTHEST', 'FIRST', 'LAST', 'FULL', 'WHOLE', 'CHUNKS',
            'TAGS', 'PCM', 'Rejection', 'repeats_at_end', 'corrected_head', 'Corrected', 'refuse_torn', 'is_tag',
-           'is_leftover']
+           'is_leftover', 'is_joined_flac']
 
 # %% ../../nbs/11_data.damage.ipynb #002
+import mmap
 import os
 import re
 import struct
@@ -334,3 +335,12 @@ def is_leftover(
     bytes_of_number = int(pcm[1])//8
     channels = max(1, codec.layout.nb_channels)
     return packet.size % (bytes_of_number*channels) > 0
+
+# %% ../../nbs/11_data.damage.ipynb #a83bd517
+def is_joined_flac(
+    path: str | Path, # a FLAC file
+) -> bool:
+    "Whether a second FLAC file begins in a file."
+    with open(path, 'rb') as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        first = content.find(b'fLaC')
+        return content.find(b'fLaC', first + 4) > 0

@@ -19,7 +19,7 @@ from av.format import Flags
 from fastcore.basics import patch
 
 from .clock import SETTLING, Clock, choose_streams, from_key_frame, open_file, seconds_of, streams_of
-from .damage import Rejection, is_leftover, is_tag, refuse_torn, repeats_at_end
+from .damage import Rejection, is_joined_flac, is_leftover, is_tag, refuse_torn, repeats_at_end
 
 # %% ../../nbs/15_data.decoding.ipynb #005
 av.logging.set_level(av.logging.ERROR)
@@ -144,8 +144,15 @@ class Decoding:
         has_pictures = 'video' in self.streams
         self.tolerance = Tolerance(is_lossy, self.since, skipping=has_pictures)
 
+    @property
+    def path(self) -> str:
+        "The open file."
+        return self.container.name.removeprefix('file:')
+
     def damage(self, what: str) -> Rejection:
         "The error that names the file."
+        if self.is_flac and is_joined_flac(self.path):
+            what = 'a recording of another kind is joined on behind the first: split the file'
         return Rejection('does not decode', f'{self.name}: {what}')
 
 # %% ../../nbs/15_data.decoding.ipynb #0115b
@@ -244,18 +251,6 @@ def _begins(
     return float((stream.start_time or 0)*stream.time_base)
 
 @patch
-def _add_repeats(
-    self: Decoding, # all of whose frames were decoded
-):
-    "Let the last picture of an avi that is shorter than promised stay for as long as it is repeated."
-    end, stream = self.ends.get('video'), self.streams.get('video')
-    if end is None or self.container.format.name != 'avi' or end > _begins(stream) + _promised(stream) - 1e-3:
-        return
-    with open(self.container.name.removeprefix('file:'), 'rb') as file:
-        repeats = repeats_at_end(file, stream.index)
-    self.ends['video'] += float(repeats*stream.time_base)
-
-@patch
 def _bound_end(
     self: Decoding, # all of whose frames were decoded
 ):
@@ -266,6 +261,19 @@ def _bound_end(
     length = _promised(stream) or (self.container.duration or 0)/av.time_base
     reached = self.clock.reached.get(stream, end)
     self.ends['video'] = min(end, max(self.last, _begins(stream) + length, reached))
+
+# %% ../../nbs/15_data.decoding.ipynb #4b8e02d6
+@patch
+def _add_repeats(
+    self: Decoding, # all of whose frames were decoded
+):
+    "Let the last picture of an avi that is shorter than promised stay for as long as it is repeated."
+    end, stream = self.ends.get('video'), self.streams.get('video')
+    if end is None or self.container.format.name != 'avi' or end > _begins(stream) + _promised(stream) - 1e-3:
+        return
+    with open(self.path, 'rb') as file:
+        repeats = repeats_at_end(file, stream.index)
+    self.ends['video'] += float(repeats*stream.time_base)
 
 # %% ../../nbs/15_data.decoding.ipynb #b2a84466
 @patch
