@@ -346,7 +346,7 @@ def _seek(
         pass # no table of its packets: they are read from the beginning
 
 # %% ../../nbs/15_data.decoding.ipynb #5ad27e90
-BEFORE = SETTLING + 2.0 # seconds in front of a span from which a transport stream is read: sound may come before its pictures
+BEFORE = SETTLING + 2.0 # seconds in front of a span where a transport stream is entered: sound may precede its pictures
 LOOKED_THROUGH = {} # the transport stream that was looked through last: file -> its `Places`
 
 @dataclass
