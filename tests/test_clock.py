@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import glcm.data.video
+from glcm.data.clock import Clock
 from glcm.data.damage import Rejection
 from glcm.data.video import read_recording, write_video
 
@@ -113,6 +114,39 @@ def test_a_clock_that_restarts(tmp_path):
     recording = read_recording(tmp_path/'joined.ts', 10, 64, 24000)
     assert abs(len(recording.planes) - 120) <= 1
     assert_in_step(recording, [time + k*4.0 for k in range(3) for time in FLASHES])
+
+
+def written(path, container, codec, options):
+    "A film of four seconds in a container without H.264, or without lengths."
+    with av.open(str(path), 'w', container, options=options) as out:
+        video, audio = out.add_stream(codec, rate=25), out.add_stream('libopus', rate=RATE, layout='mono')
+        video.width, video.height, video.pix_fmt = 96, 64, 'yuv420p'
+        made = []
+        for picture in [*pictures(), None]:
+            made += video.encode(picture if picture is None else av.VideoFrame.from_ndarray(picture, format='rgb24'))
+        sound = av.AudioFrame.from_ndarray(tone()[None], format='fltp', layout='mono')
+        sound.sample_rate, sound.pts, sound.time_base = RATE, 0, Fraction(1, RATE)
+        resampler = av.AudioResampler(format='flt', layout='mono', rate=RATE)
+        for piece in [*resampler.resample(sound), *resampler.resample(None), None]:
+            made += audio.encode(piece)
+        for packet in sorted(made, key=lambda packet: float(packet.pts*packet.time_base)):
+            out.mux(packet)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize('options', [{}, {'live': '1'}]) # with lengths; as a browser records
+def test_matroska_films_that_were_joined_are_read_to_the_end(tmp_path, options):
+    path = tmp_path/'film.webm'
+    path.write_bytes(written(path, 'webm', 'libvpx', options)*2)
+    seconds = read_recording(path, 10, 64, 24000).waveform.size/24000
+    assert_in_step(read_recording(path, 10, 64, 24000), [*FLASHES, *(seconds/2 + flash for flash in FLASHES)])
+
+
+def test_ogg_films_that_were_joined_are_refused_plainly(tmp_path):
+    path = tmp_path/'film.ogv'
+    path.write_bytes(written(path, 'ogg', 'libvpx', {})*2)
+    with pytest.raises(Rejection, match='film.ogv: a second film is joined on behind the first, .* split the file'):
+        read_recording(path, 10, 64, 24000)
 
 
 def test_a_recording_that_begins_between_key_frames(tmp_path):
@@ -272,8 +306,10 @@ def test_an_empty_edit_counts_once(tmp_path, begins):
         assert len(recording.planes) == (25 if end else 40)
 
 
-def test_pictures_without_content_repeat_the_one_before(tmp_path):
-    with av.open(str(tmp_path/'film.nut'), 'w') as container:
+@pytest.mark.parametrize('suffix', ['nut', 'avi'])
+def test_pictures_without_content_repeat_the_one_before(tmp_path, suffix):
+    path = tmp_path/f'film.{suffix}'
+    with av.open(str(path), 'w') as container:
         stream = container.add_stream('mjpeg', rate=10)
         stream.width, stream.height, stream.pix_fmt = 96, 64, 'yuvj420p'
         made = []
@@ -287,9 +323,10 @@ def test_pictures_without_content_repeat_the_one_before(tmp_path):
                 packet.pts, packet.dts, packet.duration = full.pts, full.dts, full.duration
                 packet.time_base, packet.stream = full.time_base, full.stream
             container.mux(packet)
-    for start, end in ((None, None), (0.8, 1.8)):
-        grays = read_recording(tmp_path/'film.nut', 10, 64, None, start, end).planes[:, 2, 2].astype(int)
-        shown = [*range(10), *[9]*5, *range(15, 25), *[24]*5][slice(start and 8, end and 18)]
+    for start, end in ((None, None), (0.8, 1.8), (2.2, 2.8)):
+        grays = read_recording(path, 10, 64, None, start, end).planes[:, 2, 2].astype(int)
+        ticks = slice(start and round(10*start), end and round(10*end))
+        shown = [*range(10), *[9]*5, *range(15, 25), *[24]*5][ticks]
         assert len(grays) == len(shown)
         assert (np.sign(np.diff(grays)) == np.sign(np.diff(shown))).all()
 
@@ -441,6 +478,34 @@ def test_a_span_of_a_long_film_is_found_by_seeking(tmp_path, monkeypatch):
     frames.clear()
     read_recording(path, 10, 64, 24000)
     assert len(frames) > 1700
+
+
+def test_a_transport_stream_is_looked_through_once_for_all_its_spans(tmp_path, monkeypatch):
+    path, placed, place = film(tmp_path/'film.ts', seconds=24), [], Clock.place
+    def counted(clock, packet):
+        placed.append(packet)
+        place(clock, packet)
+    monkeypatch.setattr(Clock, 'place', counted)
+    whole = read_recording(path, 10, 64, 24000)
+    needed = []
+    for start in (20, 18, 2, 20):
+        placed.clear()
+        span = read_recording(path, 10, 64, 24000, start, start + 1)
+        np.testing.assert_array_equal(span.planes, whole.planes[10*start:10*start + 10])
+        np.testing.assert_allclose(span.waveform, whole.waveform[24000*start:][:24000], atol=1e-3)
+        needed.append(len(placed))
+    assert needed[0] > 1500 # of 1725 packets
+    assert max(needed[1:]) < 500
+
+
+def test_a_span_of_joined_transport_streams(tmp_path):
+    path = film(tmp_path/'film.ts', seconds=9)
+    path.write_bytes(path.read_bytes()*2)
+    whole = read_recording(path, 10, 64, 24000)
+    for start in (6, 13, 7, 15):
+        span = read_recording(path, 10, 64, 24000, start, start + 2)
+        np.testing.assert_array_equal(span.planes, whole.planes[10*start:10*start + 20])
+        np.testing.assert_allclose(span.waveform, whole.waveform[24000*start:][:48000], atol=1e-3)
 
 
 def test_a_film_that_does_not_fit_is_refused_early(tmp_path, monkeypatch):

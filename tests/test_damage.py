@@ -106,6 +106,38 @@ def test_formats_with_lengths_of_eight_bytes_are_read_whole_and_refused_cut(tmp_
         beep(path)
 
 
+UNKNOWN = {'zeros': bytes(24), 'largest': b'\xff'*24, 'empty': b'', 'absent': None}
+
+
+@pytest.mark.parametrize('kind', UNKNOWN)
+def test_rf64_whose_lengths_were_never_filled_in_is_read(tmp_path, kind):
+    lengths, content = UNKNOWN[kind], rf64()
+    chunk = b'' if lengths is None else b'ds64' + struct.pack('<I', len(lengths)) + lengths
+    (tmp_path/'a.wav').write_bytes(content[:12] + chunk + content[48:])
+    at, seconds = beep(tmp_path/'a.wav')
+    assert abs(at - 1) < 0.01 and abs(seconds - SECONDS) < 0.01
+
+
+def padded(taken, used, extensible=True):
+    "The beep as a wav file of numbers that take more bytes than their bits need."
+    levels = (2**(8*taken - 1)*BEEP.astype(float)).astype(np.int64)
+    numbers = b''.join(int(level).to_bytes(taken, 'little', signed=True) for level in levels)
+    kind, bits = (0xFFFE, 8*taken) if extensible else (1, used)
+    form = struct.pack('<HHIIHH', kind, 1, RATE, RATE*taken, taken, bits)
+    if extensible:
+        form += struct.pack('<HHIH', 22, used, 4, 1) + bytes.fromhex('000000001000800000aa00389b71')
+    content = b'WAVEfmt ' + struct.pack('<I', len(form)) + form + b'data' + struct.pack('<I', len(numbers)) + numbers
+    return b'RIFF' + struct.pack('<I', len(content)) + content
+
+
+@pytest.mark.parametrize('taken,used,extensible', [(4, 24, True), (4, 24, False), (4, 16, True), (3, 20, True),
+                                                   (3, 12, True), (2, 8, True), (2, 12, True), (4, 32, True)])
+def test_wav_whose_numbers_take_more_bytes_than_they_need_is_read(tmp_path, taken, used, extensible):
+    (tmp_path/'a.wav').write_bytes(padded(taken, used, extensible))
+    waveform = read_recording(tmp_path/'a.wav', None, None, RATE).waveform
+    np.testing.assert_allclose(waveform, BEEP, atol=2**(1 - min(8*taken, 24)))
+
+
 @pytest.mark.parametrize('kind', ['whole counts its own head', 'whole too long', 'no pad byte', 'data counts the head'])
 @pytest.mark.parametrize('share', [0.1, 0.5, 0.9, 0.99])
 def test_wav_that_was_cut_is_refused(tmp_path, kind, share):
@@ -147,13 +179,13 @@ def test_plain_numbers_that_were_cut_are_refused(tmp_path, suffix, odd):
         beep(path)
 
 
-def encoded(path, codec, container=None, tags=None, rate=RATE):
-    "The beep in a compressed file."
+def encoded(path, codec, container=None, tags=None, rate=RATE, sound=BEEP):
+    "A sound in a compressed file."
     with av.open(str(path), 'w', container) as out:
         out.metadata.update(tags or {})
         layout = 'stereo' if codec == 'vorbis' else 'mono' # all that FFmpeg's own encoder knows
         stream = out.add_stream(codec, rate=rate, layout=layout, options=dict(strict='-2'))
-        frame = av.AudioFrame.from_ndarray(BEEP[None], 'fltp', 'mono')
+        frame = av.AudioFrame.from_ndarray(sound[None], 'fltp', 'mono')
         frame.sample_rate = RATE
         resampler = av.AudioResampler(format=stream.format.name, layout=layout, rate=stream.rate,
                                       frame_size=stream.frame_size)
@@ -265,6 +297,30 @@ def test_joined_mp3_is_read(tmp_path):
         loud = np.flatnonzero(np.abs(waveform) > 0.1)/RATE
         first, second = loud[loud < SECONDS], loud[loud > SECONDS]
         assert abs(first[0] - 1) < 0.06 and abs(second[0] - SECONDS - 1) < 0.15
+
+
+def test_joined_flac_is_read_in_place(tmp_path):
+    path, noise = tmp_path/'joined.flac', np.random.default_rng(0).normal(0, 0.1, SECONDS*RATE).astype(np.float32)
+    path.write_bytes(encoded(path, 'flac', 'flac', sound=noise)*2)
+    waveform = read_recording(path, None, None, RATE).waveform
+    np.testing.assert_allclose(waveform, np.tile(noise, 2), atol=1e-4)
+    start, end = SECONDS + 0.5, SECONDS + 2
+    span = read_recording(path, None, None, RATE, start, end).waveform
+    np.testing.assert_allclose(span, waveform[int(start*RATE):int(end*RATE)], atol=1e-4)
+
+
+def test_short_flac_files_that_were_joined_are_all_there(tmp_path):
+    path, noise = tmp_path/'joined.flac', np.random.default_rng(0).normal(0, 0.1, RATE//2).astype(np.float32)
+    path.write_bytes(encoded(path, 'flac', 'flac', sound=noise)*3)
+    waveform = read_recording(path, None, None, RATE).waveform
+    np.testing.assert_allclose(waveform, np.tile(noise, 3), atol=1e-4)
+
+
+def test_joined_flac_of_two_kinds_is_refused_plainly(tmp_path):
+    path, noise = tmp_path/'joined.flac', np.random.default_rng(0).normal(0, 0.1, RATE).astype(np.float32)
+    path.write_bytes(b''.join(encoded(path, 'flac', 'flac', rate=rate, sound=noise) for rate in (24000, 48000)))
+    with pytest.raises(Rejection, match='joined.flac: a recording of another kind is joined on .* split the file'):
+        read_recording(path, None, None, RATE)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import av
 from av.stream import Disposition
 from fastcore.basics import patch
 
-from .damage import Rejection
+from .damage import Corrected, Rejection, corrected_head
 
 # %% ../../nbs/14_data.clock.ipynb #005
 PLAYLISTS = 'concat', 'hls', 'dash', 'imf' # formats that name other files, as FFmpeg calls them
@@ -24,7 +24,10 @@ def open_file(
     path: Path, # a media file
 ) -> av.container.InputContainer:
     "Open one local file; raises `Rejection` for a playlist."
-    container = av.open(f'file:{path}', metadata_errors='ignore', options={'protocol_whitelist': 'file'})
+    with open(path, 'rb') as file:
+        head = corrected_head(file)
+    source = Corrected(path, head) if head else f'file:{path}'
+    container = av.open(source, metadata_errors='ignore', options={'protocol_whitelist': 'file'})
     if container.format.name not in PLAYLISTS:
         return container
     container.close()
@@ -176,6 +179,15 @@ def place(
         _move(packet, round(shift/tick))
     if not packet.is_discard:
         self._advance(packet, ticks*tick + shift, has_decoding_time)
+
+@patch
+def prolong(
+    self: Clock,
+    stream: av.stream.Stream,
+    end: float, # seconds, on this clock
+):
+    "Note that a stream lasts until `end`, by what was decoded of a packet without times."
+    self.ends[stream] = max(end, self.ends.get(stream, end))
 
 # %% ../../nbs/14_data.clock.ipynb #016
 SETTLING = 1.0 # seconds of sound that are decoded before a span, so that decoder and filters have settled
