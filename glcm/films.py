@@ -89,8 +89,8 @@ def _check_length(film: Film, count: int): # frames of the first piece
     "Raise `InputError` where a film has no span that the model could take."
     needed = film.config.views.frames
     if count < needed:
-        raise InputError(f'{film.path.name}: {count} frames of picture and sound are too few: '
-                         f'the model takes {needed} at a time')
+        raise InputError(f'{film.path.name} has {count/film.fps:.1f} s of picture and sound, which is too short: '
+                         f'the model takes {needed/film.fps:.1f} s at a time')
 
 def pieces(
     film: Film,

@@ -1,4 +1,5 @@
 """The commands as a user calls them: bad input in one sentence, long films in bounded memory, a film put right."""
+import os
 import shutil
 import subprocess
 import sys
@@ -44,7 +45,7 @@ BAD = [ # arguments, and what the sentence says
     (('look', 'text.mp4'), 'does not decode'),
     (('look', 'torn.mp4'), 'torn.mp4'),
     (('look', 'silent.mp4'), 'no audio'),
-    (('look', 'short.mp4'), 'too few'),
+    (('look', 'short.mp4'), 'too short'),
     (('look', 'film.mp4', '--out', 'film.mp4'), 'film itself'),
     (('look', 'film.mp4', '--out', 'film.gif'), 'mp4'),
     (('look', 'film.mp4', '--out', 'text.mp4/film.mp4'), 'text.mp4'),
@@ -74,6 +75,16 @@ def test_bad_input_is_one_sentence(films, monkeypatch, capsys, arguments, senten
 def test_help_has_one_example(capsys, name):
     code, out, _ = call(name, '--help', capsys=capsys)
     assert code == 0 and out.count('example: glcm ' + name) == 1
+
+
+@pytest.mark.parametrize('own', [None, 'ACTIVE'])
+def test_threads_that_wait_leave_their_core(monkeypatch, capsys, own):
+    "Spinning threads made `glcm offset` five times as slow on a busy machine; the user's own choice is kept."
+    monkeypatch.setenv('OMP_WAIT_POLICY', 'ACTIVE')
+    if own is None:
+        monkeypatch.delenv('OMP_WAIT_POLICY')
+    call('look', '--help', capsys=capsys)
+    assert os.environ['OMP_WAIT_POLICY'] == (own or 'PASSIVE')
 
 
 def test_parquet_holds_what_npz_holds(films, tmp_path, capsys, monkeypatch):
