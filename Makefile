@@ -78,7 +78,7 @@ $(READY): requirements.lock.txt settings.ini setup.py pyproject.toml
 # Your own data/ is never touched: the sample is put there only where there is no data/, or where doing so was cut off.
 data-present: $(READY)
 	@if [ ! -e data ] || [ -e $(UNPACKING) ]; then \
-	    $(BIN)/dvc fetch data.dvc && touch $(UNPACKING) && \
+	    $(BIN)/dvc fetch -r sample data.dvc && touch $(UNPACKING) && \
 	    $(BIN)/dvc checkout data.dvc && rm $(UNPACKING); fi
 
 lock:
