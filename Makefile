@@ -56,7 +56,7 @@ lab: $(READY) data-present
 
 # No warning is allowed: a link that leads nowhere is one.
 docs: $(READY)
-	@$(BIN)/sphinx-build -W --keep-going -q -c docs -d build/doctrees . build/book
+	@$(BIN)/sphinx-build -W --keep-going -q -j 4 -c docs -d build/doctrees . build/book
 	@$(BIN)/python docs/links.py build/book
 	@echo "Open build/book/index.html"
 
