@@ -104,7 +104,7 @@ def embed_folder(
 ) -> list[dict]: # as `film_vectors` returns
     "The embeddings of all films in a folder; raises `InputError` where there are none."
     if not folder.is_dir():
-        raise InputError(f'{folder} is no folder')
+        raise InputError(f'{folder} is no folder: name the one that holds the films')
     paths, _ = media_files(folder)
     rows = []
     for path in paths:

@@ -82,8 +82,9 @@ def add_model_options(
 ):
     "Options of every command that uses a model."
     parser.add_argument('--model',
-                        help='bundle, checkpoint, or owner/model on the Hugging Face hub (that of the package)')
-    parser.add_argument('--short-side', type=int, help='of the frames, pixels (eight sevenths of the crop in training)')
+                        help='bundle, checkpoint, or owner/model on the Hugging Face hub (what is in the package)')
+    parser.add_argument('--short-side', type=int,
+                        help='shorter side of the frames that the model sees, pixels (as in its training)')
 
 def model_and_size(
     given: argparse.Namespace, # with `add_model_options`
