@@ -56,7 +56,7 @@ lab: $(READY) data-present
 
 # No warning is allowed: a link that leads nowhere is one.
 docs: $(READY)
-	@$(BIN)/sphinx-build -W --keep-going -q -c docs -d build/doctrees . build/book
+	@$(BIN)/sphinx-build -W --keep-going -q -j 4 -c docs -d build/doctrees . build/book
 	@$(BIN)/python docs/links.py build/book
 	@echo "Open build/book/index.html"
 
@@ -78,7 +78,7 @@ $(READY): requirements.lock.txt settings.ini setup.py pyproject.toml
 # Your own data/ is never touched: the sample is put there only where there is no data/, or where doing so was cut off.
 data-present: $(READY)
 	@if [ ! -e data ] || [ -e $(UNPACKING) ]; then \
-	    $(BIN)/dvc fetch data.dvc && touch $(UNPACKING) && \
+	    $(BIN)/dvc fetch -r sample data.dvc && touch $(UNPACKING) && \
 	    $(BIN)/dvc checkout data.dvc && rm $(UNPACKING); fi
 
 lock:

@@ -6,6 +6,7 @@
 __all__ = ['COMMANDS', 'usage', 'run', 'main']
 
 # %% ../nbs/68_commands.ipynb #002
+import os
 import sys
 from importlib import import_module
 
@@ -36,6 +37,7 @@ def run(
 ) -> int | None: # exit code
     "Run a command; what cannot work is told in one sentence, with exit code 2."
     module, _, example = COMMANDS[name]
+    os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE') # PyTorch reads it when it is imported
     try:
         return import_module(f'glcm.{module}').main(arguments)
     except (InputError, OSError) as e:

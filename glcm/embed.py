@@ -21,7 +21,7 @@ from .core import InputError, atomic_path
 from .data.table import media_files
 from .data.views import scale_mel
 from .films import Film, Piece, pieces
-from .look import add_model_options, model_and_size
+from .look import add_model_options, model_and_size, note_on_weights
 from .model import PARTS, GLCM
 from .training.config import RunConfig
 
@@ -104,7 +104,7 @@ def embed_folder(
 ) -> list[dict]: # as `film_vectors` returns
     "The embeddings of all films in a folder; raises `InputError` where there are none."
     if not folder.is_dir():
-        raise InputError(f'{folder} is no folder')
+        raise InputError(f'{folder} is no folder: name the one that holds the films')
     paths, _ = media_files(folder)
     rows = []
     for path in paths:
@@ -130,3 +130,4 @@ def main(arguments: list[str] | None = None):
     rows = embed_folder(model, config, given.folder, size)
     write_vectors(rows, given.out)
     print(f'{given.out}: {len(rows)} spans of {len({row["film"] for row in rows})} films')
+    note_on_weights(given)

@@ -203,7 +203,7 @@ def weights_file(
     elif not path.exists() and _is_on_hub(path, str(name)):
         return from_hub(str(name))
     if not path.exists():
-        raise InputError(f'no model {path}')
+        raise InputError(f'no model {path}: name a bundle, a checkpoint, or owner/model on the Hugging Face hub')
     return path
 
 # %% ../nbs/61_export.ipynb #009b

@@ -6,6 +6,7 @@
 __all__ = ['frame_rate', 'frame_size', 'Piece', 'Film', 'pieces', 'FilmWriter', 'film_writer']
 
 # %% ../nbs/64_films.ipynb #002
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -89,8 +90,8 @@ def _check_length(film: Film, count: int): # frames of the first piece
     "Raise `InputError` where a film has no span that the model could take."
     needed = film.config.views.frames
     if count < needed:
-        raise InputError(f'{film.path.name}: {count} frames of picture and sound are too few: '
-                         f'the model takes {needed} at a time')
+        raise InputError(f'{film.path.name} has {count/film.fps:.1f} s of picture and sound, which is too short: '
+                         f'the model takes {needed/film.fps:.1f} s at a time')
 
 def pieces(
     film: Film,
@@ -103,6 +104,7 @@ def pieces(
     while not ends:
         begin, end = max(0, first - context), first + steps + context
         end = end if limit is None else min(end, limit)
+        gc.collect() # pictures of the last piece: PyAV's frames and their side data refer to each other
         frames, waveform = film.read(begin, end)
         if begin == 0:
             _check_length(film, len(frames))

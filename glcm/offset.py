@@ -22,7 +22,7 @@ from .core import InputError, atomic_path, generator, progress
 from .data.clock import open_file
 from .data.views import scale_mel
 from .films import Film, Piece, pieces
-from .look import add_model_options, model_and_size, step_limit
+from .look import add_model_options, model_and_size, note_on_weights, step_limit
 from .model import PARTS, GLCM
 from .training.config import RunConfig
 
@@ -122,7 +122,8 @@ def lag_sums(
     sums = LagSums(config, film.fps)
     half_spans = math.ceil((length + round(LONGEST*film.fps))/(length//2))
     around = half_spans*(length//2)
-    for piece in progress(pieces(film, 6*length, around, limit), 'pieces'):
+    name = f'pieces of {6*length/film.fps:.0f} s'
+    for piece in progress(pieces(film, 6*length, around, limit), name):
         spans = span_places(piece, length)
         if not spans:
             continue
@@ -290,6 +291,7 @@ def main(arguments: list[str] | None = None):
     film = Film(given.video, config, size)
     offset = measure_offset(model, film, step_limit(film, given.seconds))
     print(f'{given.video}: {offset}')
+    note_on_weights(given)
     if not given.write:
         return
     if not offset.is_told:

@@ -1,4 +1,6 @@
 """The commands as a user calls them: bad input in one sentence, long films in bounded memory, a film put right."""
+import gc
+import os
 import shutil
 import subprocess
 import sys
@@ -8,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
+import glcm
 from glcm import commands
 from glcm.data.video import read_recording, write_video
-from glcm.films import film_writer
+from glcm.films import Film, film_writer, pieces
 from glcm.offset import shift_sound
 
 ROOT = Path(__file__).parents[1]
@@ -44,7 +47,7 @@ BAD = [ # arguments, and what the sentence says
     (('look', 'text.mp4'), 'does not decode'),
     (('look', 'torn.mp4'), 'torn.mp4'),
     (('look', 'silent.mp4'), 'no audio'),
-    (('look', 'short.mp4'), 'too few'),
+    (('look', 'short.mp4'), 'too short'),
     (('look', 'film.mp4', '--out', 'film.mp4'), 'film itself'),
     (('look', 'film.mp4', '--out', 'film.gif'), 'mp4'),
     (('look', 'film.mp4', '--out', 'text.mp4/film.mp4'), 'text.mp4'),
@@ -76,6 +79,16 @@ def test_help_has_one_example(capsys, name):
     assert code == 0 and out.count('example: glcm ' + name) == 1
 
 
+@pytest.mark.parametrize('own', [None, 'ACTIVE'])
+def test_threads_that_wait_leave_their_core(monkeypatch, capsys, own):
+    "Spinning threads made `glcm offset` five times as slow on a busy machine; the user's own choice is kept."
+    monkeypatch.setenv('OMP_WAIT_POLICY', 'ACTIVE')
+    if own is None:
+        monkeypatch.delenv('OMP_WAIT_POLICY')
+    call('look', '--help', capsys=capsys)
+    assert os.environ['OMP_WAIT_POLICY'] == (own or 'PASSIVE')
+
+
 def test_parquet_holds_what_npz_holds(films, tmp_path, capsys, monkeypatch):
     pytest.importorskip('pyarrow')
     for kind in ('npz', 'parquet'):
@@ -104,6 +117,21 @@ def test_rotation_and_second_track_survive_a_shift(tmp_path):
     assert turned.shape[1:3] == (96, 64) and np.array_equal(turned, moved)
     with av.open(str(tmp_path/'moved.mp4')) as container:
         assert len(container.streams) == 2
+
+
+def test_pieces_leave_no_decoded_pictures_behind(films):
+    "A piece of a phone's film of 1080 x 1920 pixels left 160 MB."
+    import av
+    _, config = glcm.load()
+    counts = []
+    gc.collect()
+    gc.disable() # as it hardly ever collects what is old while a film is read
+    try:
+        for _ in pieces(Film(films/'film.mp4', config, 64), 4, 12):
+            counts.append(sum(isinstance(thing, av.VideoFrame) for thing in gc.get_objects()))
+    finally:
+        gc.enable()
+    assert len(counts) == 5 and max(counts) <= 20, f'{counts} pictures in memory; the film has 20'
 
 
 LONG = '''
