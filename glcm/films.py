@@ -6,7 +6,6 @@
 __all__ = ['frame_rate', 'frame_size', 'Piece', 'Film', 'pieces', 'FilmWriter', 'film_writer']
 
 # %% ../nbs/64_films.ipynb #002
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -104,7 +103,6 @@ def pieces(
     while not ends:
         begin, end = max(0, first - context), first + steps + context
         end = end if limit is None else min(end, limit)
-        gc.collect() # pictures of the last piece: PyAV's frames and their side data refer to each other
         frames, waveform = film.read(begin, end)
         if begin == 0:
             _check_length(film, len(frames))

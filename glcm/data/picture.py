@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ODDEST_PIXEL', 'FLAT', 'MATRICES', 'LIMITED', 'PQ', 'HLG', 'UNKNOWN_COLOURS', 'PAPER_WHITE', 'PEAK', 'PRIMARIES',
-           'M1', 'M2', 'C1', 'C2', 'C3', 'PLAIN', 'WITHOUT_SHAPE', 'shown_size', 'nearest_symmetry', 'laid_down',
-           'refuse_unknown_colours', 'over_black', 'pq_to_light', 'light_to_pq', 'hlg_to_scene', 'srgb_to_light',
-           'light_to_srgb', 'to_bt709', 'tone_curve', 'is_wide', 'hlg_on_display', 'tone_mapped', 'planes_at',
-           'Renderer']
+           'M1', 'M2', 'C1', 'C2', 'C3', 'PLAIN', 'WITHOUT_SHAPE', 'shown_size', 'nearest_symmetry', 'side_data',
+           'laid_down', 'refuse_unknown_colours', 'over_black', 'pq_to_light', 'light_to_pq', 'hlg_to_scene',
+           'srgb_to_light', 'light_to_srgb', 'to_bt709', 'tone_curve', 'is_wide', 'hlg_on_display', 'tone_mapped',
+           'planes_at', 'Renderer']
 
 # %% ../../nbs/13_data.picture.ipynb #002
 import math
@@ -16,6 +16,7 @@ from functools import cache
 
 import av
 import numpy as np
+from av.sidedata.sidedata import SideDataContainer
 
 from .damage import Rejection
 from .planes import from_rgb, plane_of, planes_of
@@ -56,12 +57,16 @@ def nearest_symmetry(
     return False, d < 0, a < 0
 
 # %% ../../nbs/13_data.picture.ipynb #011
+def side_data(frame: av.VideoFrame) -> SideDataContainer:
+    "What comes with a frame, kept beside it."
+    return SideDataContainer(frame)
+
 def _symmetry(
     frame: av.VideoFrame, # a decoded frame
 ) -> tuple[bool, bool, bool]: # as `nearest_symmetry` returns
     "How to lay down a frame."
     try:
-        matrix = frame.side_data.get('DISPLAYMATRIX')
+        matrix = side_data(frame).get('DISPLAYMATRIX')
     except ValueError:
         if abs(frame.rotation) > 360:
             return False, False, False # not a number
@@ -117,7 +122,7 @@ def _has_dolby_vision(
 ) -> bool:
     "Whether a frame carries instructions of Dolby Vision."
     try:
-        return frame.side_data.get('DOVI_METADATA') is not None
+        return side_data(frame).get('DOVI_METADATA') is not None
     except ValueError:
         return False # side data of a kind that PyAV does not know, as of photographs
 
