@@ -9,7 +9,7 @@ from glcm.core import read_study, root
 from glcm.miniature.world import SIZES
 from glcm.report.tables import (
     TASK_COLUMNS, input_name, paper_tables, read_layout, read_reported, share_of_labels, task_metrics,
-    variant_differences)
+    variant_differences, write_between_markers)
 from glcm.tasks.config import settings_of, task_config
 from glcm.tasks.features import needed_parts
 from glcm.training.config import run_config
@@ -114,6 +114,15 @@ def test_whole_frames_are_not_set_beside_crops():
     _, *numbers = cells(line)
     assert numbers[:4] == ['', '*45.1*', '', '*89.2*']
     assert all(numbers[4:])
+
+
+def test_a_table_is_written_through_a_studys_link(tmp_path):
+    "Into the repository's file, and the link stays one."
+    readme, link = tmp_path/'README.md', tmp_path/'linked.md'
+    readme.write_text('<!-- seeds -->\nold\n<!-- /seeds -->\n')
+    link.symlink_to('README.md')
+    write_between_markers(link, 'seeds', 'new')
+    assert link.is_symlink() and readme.read_text() == '<!-- seeds -->\nnew\n<!-- /seeds -->\n'
 
 
 def words(correct, seed, groups=20):

@@ -502,7 +502,8 @@ def write_between_markers(
     text: str, # what to put between them
 ):
     "Replace what stands between two markers in a Markdown file; raises `InputError` where they are missing."
-    content = Path(path).read_text()
+    path = Path(path).resolve() # a study has links to the repository's files
+    content = path.read_text()
     pattern = re.compile(f'(<!-- {name} -->\n).*?(<!-- /{name} -->)', re.DOTALL)
     if not pattern.search(content):
         raise InputError(f'{path} has no place <!-- {name} --> ... <!-- /{name} -->')
