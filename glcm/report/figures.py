@@ -8,6 +8,8 @@ __all__ = ['LOSSES', 'ATTENTION_COLOURS', 'SOUND_COLOURS', 'BOX_COLOUR', 'MISS_C
            'plot_film_strip', 'render_film']
 
 # %% ../../nbs/50_report.figures.ipynb #002
+from textwrap import fill
+
 import matplotlib.pyplot as plt
 import numpy as np
 import seaborn as sns
@@ -157,7 +159,7 @@ def plot_attention(
     fig.suptitle(title, fontsize=9, y=1 - 0.03/height, va='top')
     for (top, bottom), clip in zip(axes.T, clips):
         draw_picture(top, enlarge(clip.frame[None], 240)[0]/255)
-        top.set_title(clip.label, fontsize=9, pad=4)
+        top.set_title(fill(clip.label, 16), fontsize=9, pad=4)
         draw_attention(bottom, clip)
     return fig
 
