@@ -152,14 +152,16 @@ def plot_attention(
 ) -> plt.Figure:
     "Frames, attention maps and ground truth (the paper's Figure 3)."
     widths = [clip.frame.shape[1]/clip.frame.shape[0] for clip in clips]
-    height = 16.1/sum(widths) + 0.64 # inches
-    margins = dict(left=0.004, right=0.996, wspace=0.04, hspace=0.04, top=1 - 0.43/height, bottom=0.21/height)
+    labels = [fill(clip.label, 13) for clip in clips]
+    above = 0.43 + 0.15*max(label.count('\n') for label in labels) # inches, of titles
+    height = 16.1/sum(widths) + 0.21 + above
+    margins = dict(left=0.004, right=0.996, wspace=0.04, hspace=0.04, top=1 - above/height, bottom=0.21/height)
     fig, axes = plt.subplots(2, len(clips), figsize=(8.2, height), squeeze=False,
                              width_ratios=widths, gridspec_kw=margins)
     fig.suptitle(title, fontsize=9, y=1 - 0.03/height, va='top')
-    for (top, bottom), clip in zip(axes.T, clips):
+    for (top, bottom), clip, label in zip(axes.T, clips, labels):
         draw_picture(top, enlarge(clip.frame[None], 240)[0]/255)
-        top.set_title(fill(clip.label, 16), fontsize=9, pad=4)
+        top.set_title(label, fontsize=9, pad=4)
         draw_attention(bottom, clip)
     return fig
 
