@@ -421,11 +421,14 @@ def test_cross_entropy_of_avts_equals_its_definition():
 def test_projections_of_avts_are_a_layer_over_both_features():
     "Concatenated, as the paper has it."
     network = new_network(run_of('avts_cross_entropy')).double()
-    frames, sounds = (torch.randn(4, layer.in_features, dtype=torch.float64) for layer in (network.video, network.sound))
-    weight = torch.cat([network.video.weight, network.sound.weight], 1)
-    both = torch.cat([frames, sounds], 1) @ weight.T + network.video.bias + network.sound.bias
-    torch.testing.assert_close(network.video(frames) + network.sound(sounds), both)
-    assert torch.equal(network.second_layer(2)[1], torch.cat([network.score.weight[0], network.score.bias]))
+    video, sound = network.video, network.sound
+    frames = torch.randn(4, video.in_features, dtype=torch.float64)
+    sounds = torch.randn(4, sound.in_features, dtype=torch.float64)
+    weight = torch.cat([video.weight, sound.weight], 1)
+    both = torch.cat([frames, sounds], 1) @ weight.T + video.bias + sound.bias
+    torch.testing.assert_close(video(frames) + sound(sounds), both)
+    last = torch.cat([network.score.weight[0], network.score.bias])
+    assert torch.equal(network.second_layer(2)[1], last)
 
 
 def test_gradients_of_avts_are_zero_where_nothing_is_compared():
