@@ -12,6 +12,7 @@ import mmap
 import os
 import re
 import struct
+import sys
 from io import FileIO
 from pathlib import Path
 from typing import BinaryIO
@@ -45,15 +46,19 @@ def _is_name(name: bytes) -> bool:
     "Whether these bytes can be the name of a chunk."
     return len(name) == 4 and name.isascii() and name.decode().isprintable()
 
-def _chunks(file: BinaryIO): # (name, offset of the content, length), those of a RIFF chunk itself left out
+def _chunks(
+    file: BinaryIO,
+    most: int = MOST_CHUNKS, # chunks that are looked at
+    entered: tuple = (), # lists whose chunks are wanted instead of the list
+): # (name, offset of the content, length), those of a RIFF chunk itself left out
     "Walk the outermost chunks of a RIFF file."
     at = 0
-    for _ in range(MOST_CHUNKS):
+    for _ in range(most):
         file.seek(at)
         name, length, form = file.read(4), int.from_bytes(file.read(4), 'little'), file.read(4)
         if not _is_name(name):
             return
-        if name in (b'RIFF', b'RF64', b'BW64'):
+        if name in (b'RIFF', b'RF64', b'BW64') or name == b'LIST' and form in entered:
             at += 12
             continue
         yield form if name == b'LIST' else name, at + 8, length
@@ -95,18 +100,11 @@ def repeats_at_end(
 ) -> int:
     "How many more times an avi file shows its last picture."
     names = tuple(f'{stream:02d}{kind}'.encode() for kind in ('dc', 'db'))
-    at, repeats = 0, 0
-    while True:
-        file.seek(at)
-        name, length, form = file.read(4), int.from_bytes(file.read(4), 'little'), file.read(4)
-        if not _is_name(name):
-            return repeats
-        if name == b'RIFF' or name == b'LIST' and form in (b'movi', b'rec '):
-            at += 12
-            continue
+    repeats = 0
+    for name, _, length in _chunks(file, sys.maxsize, (b'movi', b'rec ')):
         if name in names:
             repeats = 0 if length else repeats + 1
-        at += 8 + length + length % 2
+    return repeats
 
 # %% ../../nbs/11_data.damage.ipynb #b7e09a31
 PLAIN, EXTENSIBLE = 1, 0xFFFE # kinds of sound in a wav file: plain numbers, and one that is named further behind
