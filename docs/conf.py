@@ -5,6 +5,8 @@ import re
 import shutil
 import sys
 from configparser import ConfigParser
+from importlib import import_module
+from itertools import accumulate
 from pathlib import Path
 
 import latex2mathml.converter
@@ -20,7 +22,7 @@ settings.read(ROOT/'settings.ini', encoding='utf-8')
 project, author = 'glcm', settings['DEFAULT']['author']
 version = release = settings['DEFAULT']['version']
 project_copyright = settings['DEFAULT']['copyright']
-extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx.ext.viewcode', 'sphinx_copybutton']
+extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx_copybutton']
 root_doc = 'README'
 include_patterns = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'nbs/*.ipynb', 'nbs/*/*.ipynb', 'results/*.md', 'results/*/*.md',
                     'glcm/weights/README.md']
@@ -109,6 +111,9 @@ def chapter(text: str) -> str: # a notebook's JSON, as is and for a reader
             cell.outputs = [shown for output in cell.outputs if (shown := without_progress(output))]
     if module:
         notebook.cells.append(nbformat.v4.new_markdown_cell(REFERENCE.format(module=module)))
+    # The line at which each cell begins. Without it the n-th begins at line 10,000 n, and the reference is parsed below as many empty lines.
+    lengths = [len(cell.source.splitlines()) for cell in notebook.cells]
+    notebook.metadata.source_map = [0, *accumulate(lengths)][:-1]
     return nbformat.writes(notebook)
 
 
@@ -118,6 +123,13 @@ def read_source(app, page, source):
         source[0] += contents()
     elif app.env.doc2path(page).suffix == '.ipynb':
         source[0] = chapter(source[0])
+
+
+def import_modules(app):
+    "Import what is documented, once; each process of Sphinx would do so anew."
+    for page in sorted((ROOT/'nbs').glob('*.ipynb')):
+        if module := module_of(nbformat.read(page, 4)):
+            import_module(f'glcm.{module}')
 
 
 def as_rst(comment: str) -> str:
@@ -158,6 +170,7 @@ def write_index(app, exception):
 def setup(app):
     "Called by Sphinx."
     app.add_html_math_renderer('mathml', (lambda t, n: mathml(t, n, False), None), (lambda t, n: mathml(t, n, True), None))
+    app.connect('builder-inited', import_modules)
     app.connect('source-read', read_source)
     app.connect('autodoc-process-docstring', document_arguments)
     app.connect('build-finished', write_index)

@@ -406,7 +406,7 @@ def pretrain(
 # %% ../../nbs/39a_training.pretrain.ipynb #019
 def _parser() -> argparse.ArgumentParser:
     "The command line of this module."
-    parser = argparse.ArgumentParser('python -m glcm.training.pretrain', description=main.__doc__)
+    parser = argparse.ArgumentParser('glcm train', description=main.__doc__)
     parser.add_argument('variant', help='a row of `variants` in the parameters')
     parser.add_argument('--seed', type=int, default=0,
                         help='of the weights, the order of the clips and their augmentation (%(default)s)')
@@ -418,7 +418,7 @@ def _parser() -> argparse.ArgumentParser:
 
 # %% ../../nbs/39a_training.pretrain.ipynb #a0664d9b
 def main(arguments: list[str] | None = None):
-    "Pretrain as one process of `torchrun`, or alone: `python -m glcm.training.pretrain --help`."
+    "Pretrain a variant of `params.yaml`, alone or as one process of `torchrun ... -m glcm.training.pretrain`."
     options = _parser().parse_args(arguments)
     if 'TORCHELASTIC_RUN_ID' in os.environ: # the parent is torchrun
         end_with_parent()
