@@ -2102,4 +2102,5 @@ d = { 'settings': { 'branch': 'main',
                                                                               'glcm/training/step.py'),
                                     'glcm.training.step.split_views': ('training.step.html#split_views', 'glcm/training/step.py'),
                                     'glcm.training.step.training_step': ('training.step.html#training_step', 'glcm/training/step.py'),
-                                    'glcm.training.step.tune_gpu': ('training.step.html#tune_gpu', 'glcm/training/step.py')}}}
+                                    'glcm.training.step.tune_gpu': ('training.step.html#tune_gpu', 'glcm/training/step.py'),
+                                    'glcm.training.step.uses_bfloat16': ('training.step.html#uses_bfloat16', 'glcm/training/step.py')}}}

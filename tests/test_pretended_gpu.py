@@ -17,6 +17,7 @@ from glcm.pretexts.pretext import prepare_views
 from glcm.testing import tiny_params
 from glcm.training.config import run_config
 from glcm.training.pretrain import copied_ahead
+from glcm.training.step import tune_gpu
 
 GPU = torch.device('cuda', 0)
 VARIANTS = ['glcm', 'glcm_no_local', 'glcm_no_mil', 'moco', 'cpc', 'dpc', 'infomax', 'avts', 'avts_cross_entropy', 'avslowfast']
@@ -230,3 +231,24 @@ def test_every_pretext_is_one_graph(variant):
     with torch.no_grad():
         views = network.before_step(prepare_views(tiny_batch(run)), ['clip']*8, 5, Ranks())
     assert graphs(network, views) == (1, 0)
+
+
+@pytest.fixture
+def matmul():
+    "The settings of multiplication on GPUs, put back afterwards."
+    matmul, before = torch.backends.cuda.matmul, torch.backends.cuda.matmul.allow_tf32
+    yield matmul
+    matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize('supported, precision, tf32', [
+    (True, 'auto', True), (True, 'float32', False), (False, 'auto', False), (False, 'bfloat16', True)])
+def test_gpu_multiplies_in_tf32_what_comes_from_bfloat16(supported, precision, tf32, matmul, monkeypatch):
+    "Also the fastest convolutions are looked for; who asks for float32 gets all of its digits."
+    monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation=True: supported)
+    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
+    matmul.allow_tf32 = not tf32
+    tune_gpu(torch.device('cpu'), precision)
+    assert not torch.backends.cudnn.benchmark and matmul.allow_tf32 != tf32
+    tune_gpu(GPU, precision)
+    assert torch.backends.cudnn.benchmark and matmul.allow_tf32 == tf32

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from glcm.core import root
-from glcm.training.step import has_bfloat16, reduced_precision
+from glcm.training.step import has_bfloat16, uses_bfloat16
 
 INSTRUCTIONS = 'AVX2', 'AVX512_CORE', 'AVX512_CORE_BF16', 'DEFAULT'
 
@@ -44,7 +44,7 @@ def test_bfloat16_where_the_processor_has_it_and_may_use_it(monkeypatch, hardwar
     else:
         monkeypatch.setenv('ONEDNN_MAX_CPU_ISA', limit)
     assert has_bfloat16(torch.device('cpu')) == chosen
-    assert reduced_precision(torch.device('cpu'), 'auto')._enabled == chosen
+    assert uses_bfloat16(torch.device('cpu'), 'auto') == chosen
 
 
 PLAIN_CONVOLUTION = '''
