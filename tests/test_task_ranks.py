@@ -15,9 +15,11 @@ from glcm.model import GLCM
 from glcm.tasks.classify import Classifier
 from glcm.tasks.config import task_config
 from glcm.tasks.finetune import CachedFeatures, FinetuneJob, FinetuneProgress, Phase, batch_loss, run_job, to_inputs
+from glcm.tasks.measure import COLUMNS, MEASURES, run_measure
 from glcm.tasks.sentences import SentenceRecognizer
 from glcm.tasks.windows import LabelledWindows, collate_windows
 from glcm.testing import tiny_clips, tiny_params
+from glcm.training.checkpoints import save_checkpoint
 from glcm.training.config import run_config
 
 PARAMS = tiny_params('full')
@@ -128,10 +130,17 @@ def interrupted(folder, name, job, at):
     return run_job(job, None, state, 0.0)
 
 
+def measured(folder, name, ranks):
+    "The rows of a measure of a pretrained model."
+    table = run_measure(name, f'{folder}/pretrained.pt', f'{folder}/vggss', ranks)
+    return table.to_dict('records')
+
+
 def outcomes(folder, ranks):
     "All that one process and two should agree on."
     job = job_of(folder, ranks)
     return dict(
+        measures={name: measured(folder, name, ranks) for name in MEASURES},
         steps={name: one_step(name, ranks) for name in NETWORKS}, cached=cached(folder, ranks),
         rows=run_job(job, f'{folder}/kept-{ranks.size}'), again=interrupted(folder, 'state', job, 6),
         probe=run_job(job_of(folder, ranks, probe=True, frozen=0), f'{folder}/probe-{ranks.size}'))
@@ -142,6 +151,9 @@ def one_and_two(tmp_path_factory):
     "The outcomes of one process and of two."
     folder = tmp_path_factory.mktemp('ranks')
     tiny_clips(folder, 'esc50', recordings=1)
+    tiny_clips(folder, 'vggss', held_out=17)
+    torch.manual_seed(0)
+    save_checkpoint(folder/'pretrained.pt', RUN, 'no data', 0, GLCM(RUN.model))
     (folder/'program.py').write_text(PROGRAM)
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv('PYTHONPATH', os.pathsep.join([str(root()), str(root()/'tests')]))
@@ -190,6 +202,14 @@ def test_an_interrupted_run_of_two_processes_ends_the_same(one_and_two):
     "To the last digit."
     for outcome in one_and_two:
         assert outcome['again'] == outcome['rows']
+
+
+@pytest.mark.parametrize('name', MEASURES)
+def test_a_measure_of_two_processes_is_that_of_one(one_and_two, name):
+    "17 clips, in their order, to the last digit."
+    one, two = (outcome['measures'][name] for outcome in one_and_two)
+    assert two == one and len(one) >= 17
+    assert set(COLUMNS[name]) <= set(one[0])
 
 
 def test_batches_that_are_too_small_are_named(one_and_two, tmp_path):

@@ -7,19 +7,24 @@ __all__ = ['LISTENING_COLUMNS', 'similarity_maps', 'other_clip', 'sounds_of', 'c
            'measure_listening']
 
 # %% ../../nbs/49a_tasks.listen.ipynb #002
+from itertools import chain
+
 import numpy as np
 import pandas as pd
 import torch
 
 from ..attention import attention_scores
-from ..core import generator, progress
+from ..core import generator
 from ..data.audio import noise_mel, silent_mel
 from ..data.shards import ClipStore
 from ..data.table import chance
 from ..data.views import scale_mel
+from ..distributed import Ranks
+from ..losses import ALONE
 from ..model import ATTENTION_PARTS, GLCM, normalize_frames
-from .localize import middle_span
+from .localize import middle_span, own_clips
 from .metrics import NEGATIVE_SOUNDS
+from .ranks import gather_in_order
 from ..training.config import RunConfig
 
 # %% ../../nbs/49a_tasks.listen.ipynb #005
@@ -92,18 +97,19 @@ def measure_peaks(
     config: RunConfig, # how it was trained
     store: ClipStore,
     numbers: list, # of the clips
+    ranks: Ranks = ALONE, # processes that share the clips
 ) -> pd.DataFrame: # clip, group, sound and peak: a row for each clip and sound
     "The peak of each clip's map with its own sound and with others."
     rows = []
-    for i in progress(numbers, 'clips'):
-        row = store.clips[i]
-        if row['steps'] < config.views.frames:
-            continue
-        video, sounds = sounds_of(store, i, numbers, config)
-        peaks = similarity_maps(model, video, sounds).flatten(1).amax(1).tolist()
-        for sound, peak in zip(('own', *NEGATIVE_SOUNDS), peaks):
-            rows.append(dict(clip=row['clip'], group=row['group'] or '', sound=sound, peak=peak))
-    return pd.DataFrame(rows, columns=['clip', 'group', 'sound', 'peak'])
+    for i in own_clips(numbers, ranks):
+        row, of_clip = store.clips[i], []
+        if row['steps'] >= config.views.frames:
+            video, sounds = sounds_of(store, i, numbers, config)
+            peaks = similarity_maps(model, video, sounds).flatten(1).amax(1).tolist()
+            for sound, peak in zip(('own', *NEGATIVE_SOUNDS), peaks):
+                of_clip.append(dict(clip=row['clip'], group=row['group'] or '', sound=sound, peak=peak))
+        rows.append(of_clip)
+    return pd.DataFrame(chain.from_iterable(gather_in_order(rows, ranks)), columns=['clip', 'group', 'sound', 'peak'])
 
 # %% ../../nbs/49a_tasks.listen.ipynb #011
 def best_threshold(
@@ -125,10 +131,11 @@ def measure_listening(
     model: GLCM, # in evaluation mode
     config: RunConfig, # how it was trained
     store: ClipStore, # clips with picture and sound
+    ranks: Ranks = ALONE, # processes that share the clips
 ) -> pd.DataFrame: # with `LISTENING_COLUMNS`, a row for each clip that is scored and each sound
     "Whether maps are active with the clips' own sounds and not with others, by a threshold from other clips."
     choosing, scored = choosing_clips(store)
-    threshold = best_threshold(measure_peaks(model, config, store, choosing))
-    table = measure_peaks(model, config, store, scored)
+    threshold = best_threshold(measure_peaks(model, config, store, choosing, ranks))
+    table = measure_peaks(model, config, store, scored, ranks)
     table = table.assign(threshold=threshold, active=table.peak >= threshold)
     return table[LISTENING_COLUMNS]

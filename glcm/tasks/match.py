@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Span', 'Fit', 'OFFSET_COLUMNS', 'MATCHING_COLUMNS', 'fit_of_sounds', 'model_fit', 'longest_offset', 'measure_offsets',
-           'owner', 'sounds_to_choose_from', 'measure_matching']
+           'owner', 'sounds_to_choose_from', 'measure_matching', 'model_offsets', 'model_matching']
 
 # %% ../../nbs/49b_tasks.match.ipynb #002
 from collections.abc import Callable
@@ -13,10 +13,14 @@ import numpy as np
 import pandas as pd
 import torch
 
-from ..core import generator, progress
+from ..core import generator
 from ..data.shards import ClipStore
 from ..data.views import prepare_inputs
+from ..distributed import Ranks
+from ..losses import ALONE
 from ..model import PARTS, GLCM, normalize_frames
+from .localize import evaluation_clips, own_clips
+from .ranks import gather_in_order
 from ..training.config import RunConfig
 
 # %% ../../nbs/49b_tasks.match.ipynb #005
@@ -76,23 +80,23 @@ def measure_offsets(
     numbers: list, # of the clips
     frames: int, # length of a span
     longest: int, # largest offset that is tried, steps
+    ranks: Ranks = ALONE, # processes that share the clips
 ) -> pd.DataFrame: # with `OFFSET_COLUMNS`, a row for each clip that is long enough
     "The offset of each clip's sound, which is 0, as it is predicted."
     if longest < 2:
         return pd.DataFrame(columns=OFFSET_COLUMNS) # every offset would be right within one step
     offsets = np.arange(-longest, longest + 1)
     rows = []
-    for i in progress(numbers, 'clips'):
+    numbers = [i for i in numbers if store.clips[i]['steps'] >= frames + 2*longest]
+    for i in own_clips(numbers, ranks):
         clip = store.clips[i]
-        if clip['steps'] < frames + 2*longest:
-            continue
         start = (clip['steps'] - frames)//2
         sounds = [(i, start + offset) for offset in offsets.tolist()]
         scores = fit((i, start), sounds)
         predicted = int(offsets[np.argmax(scores)])
         about = dict(clip=clip['clip'], group=clip['group'] or '', predicted=predicted)
         rows.append(about | dict(within=abs(predicted) <= 1, chance=3/len(offsets)))
-    return pd.DataFrame(rows, columns=OFFSET_COLUMNS)
+    return pd.DataFrame(gather_in_order(rows, ranks), columns=OFFSET_COLUMNS)
 
 # %% ../../nbs/49b_tasks.match.ipynb #011
 def owner(
@@ -124,17 +128,40 @@ def measure_matching(
     numbers: list, # of the clips
     frames: int, # length of a span
     count: int = 16, # sounds to choose from
+    ranks: Ranks = ALONE, # processes that share the clips
 ) -> pd.DataFrame: # with `MATCHING_COLUMNS`, a row for each clip; empty where too few others are of other groups
     "Which of several sounds fits each clip best: its own, or one of other groups' clips."
     rows = []
     numbers = [i for i in numbers if store.clips[i]['steps'] >= frames]
-    for i in progress(numbers, 'clips'):
-        chosen = sounds_to_choose_from(store, i, numbers, count)
-        if not chosen:
-            continue
+    sounds = {i: sounds_to_choose_from(store, i, numbers, count) for i in numbers}
+    for i in own_clips([i for i in numbers if sounds[i]], ranks):
+        chosen = sounds[i]
         spans = [(k, (store.clips[k]['steps'] - frames)//2) for k in chosen]
         best = int(np.argmax(fit(spans[0], spans)))
         clip, predicted = store.clips[i], store.clips[chosen[best]]
         about = dict(clip=clip['clip'], group=clip['group'] or '', predicted=predicted['clip'])
         rows.append(about | dict(matched=best == 0, chance=1/count))
-    return pd.DataFrame(rows, columns=MATCHING_COLUMNS)
+    return pd.DataFrame(gather_in_order(rows, ranks), columns=MATCHING_COLUMNS)
+
+# %% ../../nbs/49b_tasks.match.ipynb #9a7c1b21
+def model_offsets(
+    model: GLCM, # in evaluation mode
+    config: RunConfig, # how it was trained
+    store: ClipStore, # clips with picture and sound
+    ranks: Ranks = ALONE, # processes that share the clips
+) -> pd.DataFrame: # with `OFFSET_COLUMNS`
+    "The offset of each clip's sound, as a model predicts it."
+    numbers, _ = evaluation_clips(store, config)
+    frames = config.views.frames
+    longest = longest_offset(store, numbers, frames)
+    return measure_offsets(model_fit(model, config, store), store, numbers, frames, longest, ranks)
+
+def model_matching(
+    model: GLCM, # in evaluation mode
+    config: RunConfig, # how it was trained
+    store: ClipStore, # clips with picture and sound
+    ranks: Ranks = ALONE, # processes that share the clips
+) -> pd.DataFrame: # with `MATCHING_COLUMNS`
+    "Which of 16 sounds fits each clip best, by a model."
+    numbers, _ = evaluation_clips(store, config)
+    return measure_matching(model_fit(model, config, store), store, numbers, config.views.frames, ranks=ranks)

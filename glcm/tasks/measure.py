@@ -21,21 +21,25 @@ from ..data.shards import ClipStore
 from ..distributed import Ranks, launch, process_group
 from ..losses import ALONE
 from ..processes import end_with_parent
+from .listen import LISTENING_COLUMNS, measure_listening
 from .localize import SCORE_COLUMNS, SYNCHRONISATION_COLUMNS, localize, measure_synchronisation
+from .match import MATCHING_COLUMNS, OFFSET_COLUMNS, model_matching, model_offsets
 from .ranks import check_gpus
 from ..training.checkpoints import load_model
 from ..training.config import MachineConfig
 
 # %% ../../nbs/48a_tasks.measure.ipynb #005
-MEASURES = dict(scores=localize, synchronisation=measure_synchronisation)
-COLUMNS = dict(scores=SCORE_COLUMNS, synchronisation=SYNCHRONISATION_COLUMNS)
+MEASURES = dict(scores=localize, listening=measure_listening, synchronisation=measure_synchronisation,
+                offsets=model_offsets, matching=model_matching)
+COLUMNS = dict(scores=SCORE_COLUMNS, listening=LISTENING_COLUMNS, synchronisation=SYNCHRONISATION_COLUMNS,
+               offsets=OFFSET_COLUMNS, matching=MATCHING_COLUMNS)
 
 def run_measure(
     name: str, # of `MEASURES`
     checkpoint: str | Path, # of the model
     clips: str | Path, # folder of clip shards
     ranks: Ranks = ALONE, # processes that share the clips
-) -> pd.DataFrame: # a row per clip and method, or per clip and offset
+) -> pd.DataFrame: # with `COLUMNS[name]`
     "Measure a model, as one process."
     model, config = load_model(checkpoint)
     layout = torch.channels_last_3d if ranks.device.type == 'cuda' else torch.preserve_format
@@ -48,7 +52,7 @@ def measure(
     checkpoint: str | Path, # of the model
     clips: str | Path, # folder of clip shards
     machine: MachineConfig,
-) -> pd.DataFrame: # a row per clip and method, or per clip and offset
+) -> pd.DataFrame: # with `COLUMNS[name]`
     "Measure a model on `machine.gpus` devices."
     if machine.gpus == 1:
         return run_measure(name, checkpoint, clips)
