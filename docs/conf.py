@@ -111,7 +111,7 @@ def chapter(text: str) -> str: # a notebook's JSON, as is and for a reader
             cell.outputs = [shown for output in cell.outputs if (shown := without_progress(output))]
     if module:
         notebook.cells.append(nbformat.v4.new_markdown_cell(REFERENCE.format(module=module)))
-    # The line at which each cell begins. Without it the n-th begins at line 10,000 n, and the reference is parsed below as many empty lines.
+    # Where each cell begins. Without it cell n begins at line 10,000 n, and the reference is parsed below so many empty lines.
     lengths = [len(cell.source.splitlines()) for cell in notebook.cells]
     notebook.metadata.source_map = [0, *accumulate(lengths)][:-1]
     return nbformat.writes(notebook)
