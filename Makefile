@@ -1,6 +1,7 @@
 # Each target sets the environment up first; that is quick when nothing changed.
 #   make repro    the whole pipeline, from the sample data (or your own in data/) to results/; with STUDY=full, that of params.full.yaml
 #                 (with MINUTES=10 ten minutes of it; the same call goes on where it ended)
+#                 with JOBS=2 two stages at a time, a core each
 #   make gpu      on a machine with a GPU: check, time and train for MINUTES (28), to results/gpu/; elsewhere a dry run
 #   make test     every notebook as a test, then pytest
 #   make slow     the notebook cells and tests that take minutes
@@ -29,11 +30,11 @@ help:
 
 ifdef STUDY
 repro: $(READY) data-present
-	@$(BIN)/python -m glcm.study $(STUDY) $(if $(MINUTES),--minutes $(MINUTES))
+	@$(BIN)/python -m glcm.study $(STUDY) $(if $(MINUTES),--minutes $(MINUTES)) $(if $(JOBS),--jobs $(JOBS))
 else
 repro: $(READY) data-present
 	@$(BIN)/python -m glcm.params check
-	@$(BIN)/dvc repro
+	@$(if $(JOBS),$(BIN)/python -m glcm.jobs $(JOBS),$(BIN)/dvc repro)
 endif
 
 # Two notebooks or files of tests at a time, a thread each; memory is kept for the next step, as stages do (nbs/62_stage.ipynb).

@@ -9,7 +9,7 @@ import torch
 from glcm.gpu import run
 from glcm.gpu.benchmark import DRY, FULL
 from glcm.gpu.smoke import check_pipeline
-from glcm.study import UNFINISHED, run_for
+from glcm.jobs import UNFINISHED, run_for
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason='there is a GPU: `make gpu` is the test')
 
@@ -35,7 +35,7 @@ def test_the_whole_dry_run(capsys):
 def test_the_pipeline_in_small(tmp_path):
     found = check_pipeline(tmp_path)
     assert found['predictions'] == 50
-    assert found['resumed_difference'] == 0
+    assert found['resumed'] == found['repeated'] == 0 # on a CPU
 
 
 def test_every_measure_is_timed_on_a_gpu():
@@ -65,7 +65,7 @@ def no_pieces(monkeypatch):
     calls = []
     outcomes = dict(default=[UNFINISHED, UNFINISHED, 0], seeds=[1])
 
-    def run_study(study, minutes, name, machine):
+    def run_study(study, minutes, name, jobs):
         calls.append((study, name))
         return outcomes[study].pop(0)
 
@@ -78,7 +78,7 @@ def test_a_study_goes_on_until_it_is_finished(no_pieces, tmp_path):
     "One that fails is not tried again in the same call; one that is finished is not run again in the next."
     run.run_all(tmp_path, 60)
     assert no_pieces == [('default', 'default-gpu')]*3 + [('seeds', 'seeds-gpu')]
-    assert 'dvc ended with exit code 1' in (tmp_path/'README.md').read_text()
+    assert 'it ended with exit code 1' in (tmp_path/'README.md').read_text()
     assert run.is_done(tmp_path/'study default.json')
     assert not run.is_done(tmp_path/'study seeds.json')
 
@@ -97,7 +97,7 @@ def test_a_result_of_other_code_is_not_done(tmp_path):
 
 
 def test_a_command_that_ignores_requests_is_killed(tmp_path, monkeypatch):
-    monkeypatch.setattr('glcm.study.GRACE', 0.5)
+    monkeypatch.setattr('glcm.jobs.GRACE', 0.5)
     stubborn = 'import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)'
     start = time.monotonic()
     assert run_for(2/60, [sys.executable, '-c', stubborn], tmp_path) == UNFINISHED

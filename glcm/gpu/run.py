@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STUDIES', 'LONGEST', 'REPORT', 'SHORTEST', 'run_check', 'pieces', 'write_result', 'is_done', 'run_piece', 'run_apart',
-           'results_in', 'to_markdown', 'outcomes', 'timings', 'against_limits', 'write_report', 'machine_of_gpu',
+           'results_in', 'to_markdown', 'outcomes', 'timings', 'against_limits', 'write_report', 'jobs_of_gpu',
            'study_piece', 'Budget', 'run_all', 'dry_run', 'main']
 
 # %% ../../nbs/69b_gpu.run.ipynb #002
@@ -27,8 +27,9 @@ import torch
 from ..core import atomic_path, root
 from .benchmark import DRY, FULL, LIMITS, MEASURES, NETWORKS, Sizes, bench_row, profile_row
 from .smoke import CHECKS, DEVICE, card
+from ..jobs import UNFINISHED
 from ..processes import end_with_parent
-from ..study import UNFINISHED, run_study
+from ..study import run_study
 from ..training.checkpoints import code_hash
 
 # %% ../../nbs/69b_gpu.run.ipynb #005
@@ -199,9 +200,9 @@ def write_report(folder: Path):
 # %% ../../nbs/69b_gpu.run.ipynb #018
 SHORTEST = 1 # minutes that are worth a piece
 
-def machine_of_gpu() -> dict: # changes of the section `machine`
-    "How studies are run on this machine: compiled, with half of the cores loading clips."
-    return dict(compile=True, workers=len(os.sched_getaffinity(0))//2)
+def jobs_of_gpu() -> int:
+    "Stages of a study at a time: three for every four cores, each of which loads its own clips."
+    return max(1, 3*len(os.sched_getaffinity(0))//4)
 
 def study_piece(
     study: str, # one of `STUDIES`
@@ -210,12 +211,12 @@ def study_piece(
 ):
     "Run a study, or resume it, for so long."
     start = time.monotonic()
-    status = run_study(study, minutes, f'{study}-gpu', machine_of_gpu())
+    status = run_study(study, minutes, f'{study}-gpu', jobs=jobs_of_gpu())
     found = dict(results=f'results/{study}-gpu')
     if status == UNFINISHED:
         found |= dict(error='not finished; it resumes when make gpu is called again')
     elif status:
-        found |= dict(error=f'dvc ended with exit code {status}')
+        found |= dict(error=f'it ended with exit code {status}')
     write_result(path, found, time.monotonic() - start)
 
 # %% ../../nbs/69b_gpu.run.ipynb #019
