@@ -17,13 +17,13 @@ FLOORS = [ # a module imports from lower floors and from its own
     {'tasks'},
     {'report'},
     {'miniature'},
-    {'params', 'export', 'stage', 'study'},
+    {'params', 'export', 'stage', 'jobs', 'study'},
     {'films', 'look', 'offset', 'embed', 'commands'},
     {'testing'},
     {'gpu'},
 ]
 PARTS = ['core', 'encoders', 'attention', 'losses', 'model', 'distributed', 'processes', 'data', 'datasets', 'pretexts',
-         'training', 'tasks', 'report', 'params', 'export', 'stage', 'study', 'testing',
+         'training', 'tasks', 'report', 'params', 'export', 'stage', 'jobs', 'study', 'testing',
          'films', 'look', 'offset', 'embed', 'commands', 'gpu', 'miniature']
 
 

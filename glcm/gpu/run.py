@@ -279,7 +279,7 @@ def main(arguments: list[str] | None = None):
     if DEVICE.type != 'cuda':
         print('There is no GPU here that PyTorch can use: a dry run on the CPU with tiny sizes.', flush=True)
         return dry_run()
-    folder = Path(given.out)/card()
+    folder = Path(given.out)/card().replace(' ', '-')
     print(f'{card()}: results in {folder}', flush=True)
     run_all(folder, given.minutes)
     print((folder/'README.md').read_text())

@@ -460,7 +460,7 @@ def differences_table(
 def pretraining_gain(
     differences: pd.DataFrame, # as from `variant_differences`
     columns: list, # some of `METRIC_NAMES`
-) -> str: # one sentence
+) -> str: # one sentence; empty where random weights were not measured
     "What pretraining changes, in the columns of the summary."
     own = differences[(differences.variant == 'glcm') & (differences.against == 'scratch')]
     parts = []
@@ -469,6 +469,8 @@ def pretraining_gain(
         of_task = (own.task == column) & own.metric.isin(MAIN_METRICS)
         for row in own[of_model | of_task][:1].itertuples():
             parts.append(f'{METRIC_NAMES[column]} {difference_text(row)}')
+    if not parts:
+        return ''
     about = ('GLCM minus random weights, in points, paired over the same clips and seeds, '
              'with the 95% interval')
     return f'{about}: {"; ".join(parts)}.'
@@ -493,7 +495,7 @@ def summary_table(
     lines = markdown_table(columns, rows)
     if (folder/'differences.csv').exists():
         lines += ['', pretraining_gain(pd.read_csv(folder/'differences.csv'), list(columns))]
-    return '\n'.join(lines)
+    return '\n'.join(lines).rstrip()
 
 # %% ../../nbs/51_report.tables.ipynb #046
 def write_between_markers(
