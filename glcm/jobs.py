@@ -166,7 +166,10 @@ class Schedule:
         return False
 
 # %% ../nbs/62a_jobs.ipynb #015
-def _report(job: Job, succeeded: bool):
+def _report(
+    job: Job, # that has ended
+    succeeded: bool,
+):
     "Print how a stage has ended."
     seconds = time.monotonic() - job.start
     if succeeded:
