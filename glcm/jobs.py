@@ -172,10 +172,11 @@ def _report(
 ):
     "Print how a stage has ended."
     seconds = time.monotonic() - job.start
-    if succeeded:
-        return print(f'{job.name}: done in {seconds:.0f} s', flush=True)
-    lines = job.log.read_text(errors='replace').strip().splitlines()
-    print(f'{job.name}: FAILED after {seconds:.0f} s, see {job.log}', *lines[-8:], sep='\n    ', flush=True)
+    lines = [f'{job.name}: done in {seconds:.0f} s']
+    if not succeeded:
+        lines = [f'{job.name}: FAILED after {seconds:.0f} s, see {job.log}']
+        lines += job.log.read_text(errors='replace').strip().splitlines()[-8:]
+    print('\n    '.join(lines), flush=True)
 
 def run_jobs(
     folder: Path, # with dvc.yaml
