@@ -25,7 +25,7 @@ project_copyright = settings['DEFAULT']['copyright']
 extensions = ['myst_nb', 'sphinx.ext.autodoc', 'sphinx_copybutton']
 root_doc = 'README'
 include_patterns = ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'nbs/*.ipynb', 'nbs/*/*.ipynb', 'results/*.md', 'results/*/*.md',
-                    'glcm/weights/README.md']
+                    'results/gpu/*/*.md', 'glcm/weights/README.md']
 exclude_patterns = ['.*', '**/.*', 'artifacts', 'build', 'data', 'sample', 'studies', 'tests'] # not even searched
 
 nb_execution_mode = 'off'
@@ -59,8 +59,9 @@ def parts() -> list: # of (title, names of pages)
     "The pages of the book in reading order."
     numbered = [path for path in sorted((ROOT/'nbs').glob('*.ipynb')) if path.stem[:2].isdigit()]
     tables = [f'Tables: {path.parent.name} <results/{path.parent.name}/tables>' for path in sorted((ROOT/'results').glob('*/tables.md'))]
-    pages = [('Start', ['nbs/guide', 'nbs/explore/attention', 'results/README', *tables, 'The weights <glcm/weights/README>',
-                        'CONTRIBUTING', 'CHANGELOG'])]
+    gpus = [f'On a GPU: {folder.name} <results/gpu/{folder.name}/README>' for folder in sorted((ROOT/'results'/'gpu').iterdir())]
+    pages = [('Start', ['nbs/guide', 'nbs/explore/attention', 'results/README', *tables, *gpus,
+                        'The weights <glcm/weights/README>', 'CONTRIBUTING', 'CHANGELOG'])]
     for title, first, last in PARTS:
         chapters = [f'nbs/{path.stem}' for path in numbered if first <= int(path.stem[:2]) <= last]
         pages.append((title, chapters))
