@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KINDS', 'DATA', 'CLAIM_COLUMNS', 'VERDICTS', 'Found', 'find_number', 'verdict', 'read_claims', 'decide', 'found_text',
-           'claim_cells', 'claims_page', 'write_claims', 'main']
+           'claim_cells', 'claims_page', 'claims_counts', 'write_claims', 'main']
 
 # %% ../../nbs/51a_report.claims.ipynb #002
 import argparse
@@ -193,7 +193,7 @@ def claim_cells(
         verdict=f'**{row.verdict}**' if decided else row.verdict)
 
 # %% ../../nbs/51a_report.claims.ipynb #ed513cbe
-VERDICTS = ('for', 'against', 'cannot be told', 'not measured yet')
+VERDICTS = {'for': 'hold', 'against': 'do not', 'cannot be told': 'cannot be told', 'not measured yet': 'not measured yet'}
 
 def claims_page(
     decided: pd.DataFrame, # as from `decide`
@@ -209,14 +209,27 @@ def claims_page(
         parts += [f'### {title}', f'{len(own)} claims: {sentence}.', '\n'.join(table)]
     return '\n\n'.join(parts)
 
+def claims_counts(
+    decided: pd.DataFrame, # as from `decide`
+) -> str: # Markdown
+    "How many claims hold on each kind of data."
+    rows = []
+    for data, title in DATA.items():
+        counts = decided[decided.data == data].verdict.value_counts()
+        rows.append((title.partition(':')[0], {name: str(counts.get(name, 0)) for name in VERDICTS}))
+    return '\n'.join(markdown_table(VERDICTS, rows))
+
 # %% ../../nbs/51a_report.claims.ipynb #017
 def write_claims(
     page: str | Path, # results/README.md, with the markers <!-- claims --> and <!-- /claims -->
     claims: str | Path, # nbs/claims.csv
+    readme: str | Path | None = None, # README.md, with the markers <!-- claims counts --> and <!-- /claims counts -->
 ):
-    "Write what was found about each claim, from the files beside the page."
+    "Write what was found about each claim, from the files beside the page, and how many hold."
     decided = decide(read_claims(claims), Path(page).parent)
     write_between_markers(page, 'claims', claims_page(decided))
+    if readme:
+        write_between_markers(readme, 'claims counts', claims_counts(decided))
 
 def main(arguments: list[str] | None = None):
     "Write what was claimed and what was found: `python -m glcm.report.claims`."
@@ -224,7 +237,7 @@ def main(arguments: list[str] | None = None):
     parser.add_argument('--page', default=root()/'results'/'README.md', help='with markers (%(default)s)')
     given = parser.parse_args(arguments)
     try:
-        write_claims(given.page, root()/'nbs'/'claims.csv')
+        write_claims(given.page, root()/'nbs'/'claims.csv', root()/'README.md')
     except InputError as e:
         sys.exit(str(e))
 
