@@ -27,7 +27,7 @@ def runs(pid: int) -> bool:
     return state.exists() and state.read_text().split()[2] != 'Z'
 
 
-def wait_for(condition, seconds: float = 30):
+def wait_for(condition, seconds: float = 60):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end, 'it did not happen'
@@ -56,8 +56,8 @@ def test_what_was_started_ends_with_it(tmp_path, number):
 def test_it_ends_when_the_time_is_up(tmp_path):
     folder = pipeline(tmp_path/'pipeline', **SLEEPERS)
     start = time.monotonic()
-    assert run_jobs(folder, 2, minutes=0.2) == UNFINISHED
-    assert time.monotonic() - start < 40
+    assert run_jobs(folder, 2, minutes=0.5) == UNFINISHED
+    assert time.monotonic() - start < 55
     assert len(started(folder)) == 2 # at the same time
     wait_for(lambda: not any(map(runs, started(folder))))
 
