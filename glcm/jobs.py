@@ -170,11 +170,8 @@ class Schedule:
             self.done.add(job.name)
             return True
         self.failed.append(job.name)
-        lost = {job.name}
-        while more := {name for name, before in self.waiting.items() if before & lost}:
-            lost |= more
-            for name in more:
-                del self.waiting[name]
+        for name in outdated(self.waiting | {job.name: set()}, {job.name}):
+            self.waiting.pop(name, None)
         return False
 
 # %% ../nbs/62a_jobs.ipynb #015
