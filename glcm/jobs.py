@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from .core import InputError
+from .processes import core_count
 
 # %% ../nbs/62a_jobs.ipynb #010b
 UNFINISHED = 75 # exit status: time was up, the same call resumes
@@ -106,8 +107,7 @@ def job_environment(
     gpus: list[str], # names of GPUs as in CUDA_VISIBLE_DEVICES; fewer than two: nothing to choose
 ) -> dict: # name -> value
     "The environment of a stage: its share of the cores, and its GPU."
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    environment = dict(OMP_NUM_THREADS=str(max(1, cores//jobs))) | os.environ
+    environment = dict(OMP_NUM_THREADS=str(max(1, core_count()//jobs))) | os.environ
     if len(gpus) > 1:
         environment['CUDA_VISIBLE_DEVICES'] = gpus[place % len(gpus)]
     return environment

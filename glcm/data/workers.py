@@ -37,7 +37,7 @@ from .clip import Settings, encode_clip
 from .clock import open_file
 from .damage import Rejection
 from .faces import faces_installed
-from ..processes import end_with_parent
+from ..processes import core_count, end_with_parent
 
 # %% ../../nbs/21b_data.workers.ipynb #005
 @configuration
@@ -446,7 +446,7 @@ def workers(
 ): # executor, and how many files it decodes at a time
     "Where files are decoded; raises `InputError` where the cluster cannot be reached."
     if executor == 'local':
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        cores = core_count()
         with ThreadPoolExecutor(cores) as pool:
             yield pool, cores
     else:

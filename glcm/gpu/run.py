@@ -28,7 +28,7 @@ from ..core import atomic_path, root
 from .benchmark import DRY, FULL, LIMITS, MEASURES, NETWORKS, Sizes, bench_row, profile_row
 from .smoke import CHECKS, DEVICE, card
 from ..jobs import UNFINISHED
-from ..processes import end_with_parent
+from ..processes import core_count, end_with_parent
 from ..study import run_study
 from ..training.checkpoints import code_hash
 
@@ -202,7 +202,7 @@ SHORTEST = 1 # minutes that are worth a piece
 
 def jobs_of_gpu() -> int:
     "Stages of a study at a time: three for every four cores, each of which loads its own clips."
-    return max(1, 3*len(os.sched_getaffinity(0))//4)
+    return max(1, 3*core_count()//4)
 
 def study_piece(
     study: str, # one of `STUDIES`

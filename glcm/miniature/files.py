@@ -10,7 +10,6 @@ __all__ = ['SMALL', 'LEGACY', 'BLOCK', 'ABOUT', 'write_clip', 'LegacyFormat', 'w
 import csv
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable
@@ -27,7 +26,7 @@ import numpy as np
 from ..core import InputError, atomic_path, progress
 from ..data.video import Encoding, write_video
 from ..data.workers import workers as cluster
-from ..processes import only_run, remove_partials
+from ..processes import core_count, only_run, remove_partials
 from .drawing import FPS, RATE
 
 # %% ../../nbs/73_miniature.files.ipynb #005
@@ -253,8 +252,7 @@ def drawing_pool(
         with cluster(executor) as (pool, _):
             yield pool
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    pool = ProcessPoolExecutor(workers or cores)
+    pool = ProcessPoolExecutor(workers or core_count())
     try:
         yield pool
     finally:
