@@ -25,30 +25,41 @@ from .processes import core_count
 UNFINISHED = 75 # exit status: time was up, the same call resumes
 GRACE = 10 # seconds in which what was asked to end has ended
 
+def _signal_group(
+    process: subprocess.Popen, # the leader of a process group
+    number: int, # of the signal; 0 sends none
+) -> bool: # whether any of the group is there
+    "Send a signal to a process and all that it has started."
+    process.poll() # a leader that has ended counts no longer
+    try:
+        os.killpg(process.pid, number)
+    except (ProcessLookupError, PermissionError): # macOS has the second for those that have ended
+        return False
+    return True
+
 def end_groups(
     processes: list[subprocess.Popen], # each the leader of its process group
 ):
     "End processes and all that they have started; where asking does not help within `GRACE`, kill them."
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for process in processes:
-            if process.poll() is None:
-                os.killpg(process.pid, number)
-        end = time.monotonic() + GRACE
-        for process in processes:
-            try:
-                process.wait(max(0, end - time.monotonic()))
-            except subprocess.TimeoutExpired:
-                continue
+    for process in processes:
+        _signal_group(process, signal.SIGTERM)
+    end = time.monotonic() + GRACE
+    while any([_signal_group(process, 0) for process in processes]) and time.monotonic() < end:
+        time.sleep(0.05)
+    for process in processes:
+        _signal_group(process, signal.SIGKILL)
+        process.wait()
 
+# %% ../nbs/62a_jobs.ipynb #010b2
 def run_for(
-    minutes: float,
+    minutes: float | None, # None: as long as it needs
     command: list[str],
     folder: Path, # where it runs
 ) -> int: # its exit status, or `UNFINISHED`
     "Run a command for so many minutes at most."
     process = subprocess.Popen(command, cwd=folder, start_new_session=True)
     try:
-        return process.wait(60*minutes)
+        return process.wait(None if minutes is None else 60*minutes)
     except subprocess.TimeoutExpired:
         return UNFINISHED
     finally:
@@ -75,6 +86,17 @@ def read_pipeline(
         raise InputError(f'{folder/"dvc.yaml"}: {e}') from None
 
 # %% ../nbs/62a_jobs.ipynb #005q
+def _reached(
+    start: set[str], # stages
+    neighbours: dict[str, set[str]], # stage -> stages one step away
+) -> set[str]: # with those of the start
+    "All stages that can be reached."
+    found, new = set(start), set(start)
+    while new:
+        new = set().union(*[neighbours[name] for name in new]) - found
+        found |= new
+    return found
+
 def stages_for(
     targets: tuple, # names of stages; none: all
     graph: dict[str, set[str]], # stage -> stages that have to be done before it
@@ -86,8 +108,7 @@ def stages_for(
         if not found:
             raise InputError(f'there is no stage {target!r}: dvc stage list names them')
         wanted |= found
-    while more := {name for stage in wanted for name in graph[stage]} - wanted:
-        wanted |= more
+    wanted = _reached(wanted, graph)
     return {name: graph[name] for name in graph if name in wanted}
 
 def outdated(
@@ -95,9 +116,11 @@ def outdated(
     changed: set[str], # stages
 ) -> dict[str, set[str]]: # the part of the graph that may have to run
     "The stages that have changed, and all after them."
-    found = changed & set(graph)
-    while more := {name for name, before in graph.items() if before & found} - found:
-        found |= more
+    after = {name: set() for name in graph}
+    for name, before in graph.items():
+        for other in before & set(graph):
+            after[other].add(name)
+    found = _reached(changed & set(graph), after)
     return {name: graph[name] & found for name in graph if name in found}
 
 # %% ../nbs/62a_jobs.ipynb #009
@@ -202,12 +225,13 @@ def run_jobs(
     schedule = Schedule(outdated(stages_for(targets, graph), changed), jobs)
     try:
         while schedule.waiting or schedule.running:
-            for name, place in schedule.ready():
-                schedule.running.append(start_job(folder, name, place, job_environment(place, jobs, gpus or [])))
-            for job in [job for job in schedule.running if job.process.poll() is not None]:
-                _report(job, schedule.finish(job))
             if time.monotonic() > end:
                 return UNFINISHED
+            for name, place in schedule.ready():
+                schedule.running.append(start_job(folder, name, place, job_environment(place, jobs, gpus or [])))
+            ended = [job for job in schedule.running if job.process.poll() is not None]
+            for job in ended:
+                _report(job, schedule.finish(job))
             time.sleep(0.1)
     finally:
         end_groups([job.process for job in schedule.running])

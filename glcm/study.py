@@ -32,14 +32,32 @@ def dvc(
 
 def _init_dvc(folder: Path, cache: Path):
     "Make a DVC repository on the cache of another."
-    if (folder/'.dvc'/'config').exists():
+    config = folder/'.dvc'/'config'
+    if config.exists() and 'analytics' in config.read_text(): # which comes last
         return
     shutil.rmtree(folder/'.dvc', ignore_errors=True) # of an interrupted call
-    dvc(folder, 'init', '--no-scm', '--quiet')
-    dvc(folder, 'config', 'core.analytics', 'false')
-    dvc(folder, 'config', 'cache.dir', os.path.relpath(cache, folder))
+    commands = [
+        ('init', '--no-scm', '--quiet'),
+        ('config', 'cache.dir', os.path.relpath(cache, folder)),
+        ('config', 'core.analytics', 'false')]
+    for command in commands:
+        if dvc(folder, *command):
+            raise InputError(f'dvc {" ".join(command)} fails in {folder}: its message stands above')
 
 # %% ../nbs/62b_study.ipynb #005b
+def _link_dataset(
+    place: Path, # in the study's own data folder
+    is_drawn: bool,
+):
+    "Make place for a dataset that is drawn, or a link to the repository's."
+    if is_drawn and place.is_symlink():
+        place.unlink()
+    if is_drawn or place.is_symlink():
+        return
+    if place.exists():
+        raise InputError(f'{place} holds clips that were drawn, but the study draws them no longer: remove that folder')
+    place.symlink_to(Path('..', '..', '..', 'data', place.name))
+
 def _link_data(folder: Path, params: dict):
     "The repository's data; where the study draws some of its own, a folder of links to the others."
     data, drawn = folder/'data', params['world']['datasets']
@@ -48,9 +66,7 @@ def _link_data(folder: Path, params: dict):
             data.unlink()
         data.mkdir(exist_ok=True)
         for row in params['datasets'].values():
-            path = row['path']
-            if path not in drawn and not (data/path).is_symlink():
-                (data/path).symlink_to(Path('..', '..', '..', 'data', path))
+            _link_dataset(data/row['path'], row['path'] in drawn)
     elif not data.is_symlink():
         if data.exists():
             raise InputError(f'{data} holds clips that were drawn, but the study draws none now: remove that folder')
@@ -86,7 +102,8 @@ def prepare_study(
     folder = repository/'studies'/name
     with atomic_path(folder/'params.yaml') as path:
         path.write_text(HEADER.format(study=study) + yaml.safe_dump(params, sort_keys=False))
-    shutil.copyfile(repository/'dvc.yaml', folder/'dvc.yaml')
+    with atomic_path(folder/'dvc.yaml') as path:
+        shutil.copyfile(repository/'dvc.yaml', path)
     (repository/'results').mkdir(exist_ok=True)
     for link in LINKS:
         if not (folder/link).is_symlink():
@@ -110,8 +127,6 @@ def run_study(
     if jobs is not None:
         shares = read_params(folder/'params.yaml')['machine']['gpus'] == 1
         return run_jobs(folder, jobs, stages, minutes, visible_gpus() if shares else None)
-    if minutes is None:
-        return dvc(folder, 'repro', *stages)
     return run_for(minutes, [sys.executable, '-m', 'dvc', 'repro', *stages], folder)
 
 # %% ../nbs/62b_study.ipynb #012

@@ -10,9 +10,6 @@ __all__ = ['STUDIES', 'LONGEST', 'REPORT', 'SHORTEST', 'run_check', 'pieces', 'w
 # %% ../../nbs/69b_gpu.run.ipynb #002
 import argparse
 import json
-import os
-import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,7 +24,7 @@ import torch
 from ..core import atomic_path, root
 from .benchmark import DRY, FULL, LIMITS, MEASURES, NETWORKS, Sizes, bench_row, profile_row
 from .smoke import CHECKS, DEVICE, card
-from ..jobs import UNFINISHED
+from ..jobs import UNFINISHED, end_when_asked, run_for
 from ..processes import core_count, end_with_parent
 from ..study import run_study
 from ..training.checkpoints import code_hash
@@ -97,18 +94,12 @@ def run_apart(
     start = time.monotonic()
     command = [sys.executable, '-m', 'glcm.gpu.run', '--piece', path.stem, '--out', str(path.parent)]
     before = path.stat().st_mtime_ns if path.exists() else None
-    process = subprocess.Popen(command, start_new_session=True)
-    try:
-        process.wait(60*minutes)
-        error = f'the process ended with exit code {process.returncode}'
-    except subprocess.TimeoutExpired:
-        error = f'not finished in {minutes:.1f} minutes'
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    status = run_for(minutes, command, Path.cwd())
     written = path.exists() and path.stat().st_mtime_ns != before
     if not written:
+        error = f'the process ended with exit code {status}'
+        if status == UNFINISHED:
+            error = f'not finished in {minutes:.1f} minutes'
         write_result(path, dict(error=error), time.monotonic() - start)
 
 # %% ../../nbs/69b_gpu.run.ipynb #013
@@ -208,7 +199,7 @@ def study_piece(
     study: str, # one of `STUDIES`
     path: Path, # its file
     minutes: float, # that the piece may take
-):
+) -> int: # exit status of the study
     "Run a study, or resume it, for so long."
     start = time.monotonic()
     status = run_study(study, minutes, f'{study}-gpu', jobs=jobs_of_gpu())
@@ -218,6 +209,7 @@ def study_piece(
     elif status:
         found |= dict(error=f'it ended with exit code {status}')
     write_result(path, found, time.monotonic() - start)
+    return status
 
 # %% ../../nbs/69b_gpu.run.ipynb #019
 @dataclass(frozen=True)
@@ -244,10 +236,11 @@ def run_all(
     for study in STUDIES:
         path = folder/f'study {study}.json'
         while not is_done(path) and budget.piece():
-            study_piece(study, path, budget.piece())
+            status = study_piece(study, path, budget.piece())
             write_report(folder)
-            if 'exit code' in json.loads(path.read_text())['found'].get('error', ''):
+            if status not in (0, UNFINISHED):
                 break
+    write_report(folder)
 
 # %% ../../nbs/69b_gpu.run.ipynb #023
 def dry_run(
@@ -279,6 +272,7 @@ def main(arguments: list[str] | None = None):
     if DEVICE.type != 'cuda':
         print('There is no GPU here that PyTorch can use: a dry run on the CPU with tiny sizes.', flush=True)
         return dry_run()
+    end_when_asked()
     folder = Path(given.out)/card().replace(' ', '-')
     print(f'{card()}: results in {folder}', flush=True)
     run_all(folder, given.minutes)
