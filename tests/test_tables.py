@@ -7,9 +7,9 @@ import pytest
 
 from glcm.core import read_study, root
 from glcm.miniature.world import SIZES
+from glcm.report.paper import paper_tables, read_layout, read_reported
 from glcm.report.tables import (
-    TASK_COLUMNS, input_name, paper_tables, read_layout, read_reported, share_of_labels, task_metrics,
-    variant_differences, write_between_markers)
+    TASK_COLUMNS, input_name, share_of_labels, task_metrics, variant_differences, write_between_markers)
 from glcm.tasks.config import settings_of, task_config
 from glcm.tasks.features import needed_parts
 from glcm.training.config import run_config

@@ -63,7 +63,7 @@ STAGE_MODULES = {
     'pretrain': ['training.pretrain'],
     'localize': ['tasks.measure', 'tasks.attend', 'tasks.listen', 'tasks.match', 'report.figures'],
     'finetune': ['tasks.experiment'],
-    'figures': ['tasks.attend', 'report.claims', 'report.figures', 'report.learned', 'report.tables'],
+    'figures': ['tasks.attend', 'report.claims', 'report.figures', 'report.learned', 'report.paper', 'report.tables'],
 }
 
 

@@ -182,9 +182,9 @@ CLAIM_COLUMNS = dict(
 def claim_cells(
     row, # of `decide`
 ) -> dict: # texts, with the keys of `CLAIM_COLUMNS`
-    "One claim as a row of a table; a decided one is set in bold."
+    "One claim as a row of a table; what several seeds have decided is set in bold."
     measured = row.verdict != 'not measured yet'
-    decided = row.verdict in ('for', 'against')
+    decided = row.verdict in ('for', 'against') and row.seeds > 1
     return dict(
         where=row.where,
         paper=f'*{row.paper}*' if row.paper else '',
@@ -217,7 +217,9 @@ def claims_counts(
     for data, title in DATA.items():
         counts = decided[decided.data == data].verdict.value_counts()
         rows.append((title.partition(':')[0], {name: str(counts.get(name, 0)) for name in VERDICTS}))
-    return '\n'.join(markdown_table(VERDICTS, rows))
+    verdicts = decided[decided.verdict.isin(['for', 'against'])]
+    single = f'Decided by one seed alone: {(verdicts.seeds == 1).sum()} of {len(verdicts)}.'
+    return '\n'.join([*markdown_table(VERDICTS, rows), '', single])
 
 # %% ../../nbs/51a_report.claims.ipynb #017
 def write_claims(

@@ -45,6 +45,12 @@ def power_table(
     return pd.DataFrame(rows)
 
 # %% ../../nbs/51b_report.power.ipynb #008
+def _data_folder(study: str | None, params: dict) -> Path:
+    "Where the datasets of a study are: in its own folder, if it draws some of them."
+    if study and params['world']['datasets']:
+        return root()/'studies'/study/'data'
+    return root()/'data'
+
 def main(arguments: list[str] | None = None):
     "Say which difference a study can show: `python -m glcm.report.power STUDY`; without a name, that of params.yaml."
     parser = argparse.ArgumentParser('python -m glcm.report.power', description=main.__doc__)
@@ -53,7 +59,7 @@ def main(arguments: list[str] | None = None):
     given = parser.parse_args(arguments)
     try:
         params = read_study(given.study) if given.study else read_params()
-        table = power_table(params, given.data or root()/'data')
+        table = power_table(params, given.data or _data_folder(given.study, params))
     except InputError as e:
         sys.exit(str(e))
     for row in table.itertuples():

@@ -22,6 +22,16 @@ from .statistics import task_scores
 from .match import Fit, longest_offset, measure_matching, measure_offsets
 
 # %% ../../nbs/49c_tasks.linear.ipynb #005
+def _pixels_of(
+    low: float, # in 0..1
+    high: float,
+    length: int, # pixels
+) -> slice: # at least two pixels
+    "The pixels from one place to another."
+    first = min(round(max(0, low)*length), length - 2)
+    last = round(min(1, high)*length)
+    return slice(first, max(last, first + 2))
+
 def box_with_margin(
     box: list, # x1, y1, x2, y2 and perhaps more, in 0..1
     margin: float, # to each side, in widths and heights of the box
@@ -31,11 +41,7 @@ def box_with_margin(
     width, height = size
     x1, y1, x2, y2, *_ = box
     across, down = margin*(x2 - x1), margin*(y2 - y1)
-    top = round(max(0, y1 - down)*height)
-    bottom = round(min(1, y2 + down)*height)
-    left = round(max(0, x1 - across)*width)
-    right = round(min(1, x2 + across)*width)
-    return slice(top, max(bottom, top + 2)), slice(left, max(right, left + 2))
+    return _pixels_of(y1 - down, y2 + down, height), _pixels_of(x1 - across, x2 + across, width)
 
 # %% ../../nbs/49c_tasks.linear.ipynb #d8deba99
 MOUTH_SIZE = 12, 16 # of the mouth's picture, pixels

@@ -14,7 +14,6 @@ from collections import Counter
 import numpy as np
 import pandas as pd
 import torch
-from torch.nn import functional as F
 
 from ..core import InputError, atomic_path, generator, progress
 from ..data.shards import ClipStore
@@ -177,7 +176,8 @@ def measure_mosaics(
         numbers, alike = choose_four(clips, kinds, seed, k)
         video, sounds, boxes = mosaic(store, numbers, config, generator('crops', seed, k))
         for i, row in zip(numbers, measure_mosaic(model, video, sounds, boxes)):
-            rows.append(dict(clip=f"{k}: {store.clips[i]['clip']}", group=f'mosaic {k}', alike=alike) | row)
+            about = dict(clip=f"{k}: {store.clips[i]['clip']}", group=store.clips[i]['group'], alike=alike)
+            rows.append(about | row)
         boxes_of_rows += boxes
     point = fixed_point(boxes_of_rows)
     table = pd.DataFrame(rows).assign(fixed=[on_mouth(*point, boxes) for boxes in boxes_of_rows])
@@ -194,7 +194,8 @@ def read_kinds(
     for number, row in csv_rows(path, ['speaker', 'sex_by_eye']):
         if isinstance(row, ValueError):
             raise InputError(f'{path}, line {number}: {row}')
-        kinds[row['speaker']] = row['sex_by_eye']
+        if row['sex_by_eye']:
+            kinds[row['speaker']] = row['sex_by_eye']
     return kinds
 
 # %% ../../nbs/49d_tasks.mosaic.ipynb #726b99fb
