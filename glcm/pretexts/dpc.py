@@ -6,6 +6,7 @@
 __all__ = ['DPCConfig', 'start_orthogonal', 'dense_predictor', 'DPCOutputs', 'DPC']
 
 # %% ../../nbs/33_pretexts.dpc.ipynb #002
+import math
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -75,8 +76,8 @@ class DPC(Pretext):
 @patch
 def before_step(self: DPC, views, clips, step, ranks):
     video, config = views['video'], self.run.pretext
-    height, width = (-(-side//self.model.config.local_stride) for side in video.shape[3:]) # rounded up
     blocks = video.shape[2]//config.block_frames
+    height, width = [math.ceil(side/self.model.config.local_stride) for side in video.shape[3:]]
     shape = blocks - 1, height*width, self.recurrence.hidden_size
     drawn = []
     for rng in clip_generators(self.run, step, clips):
@@ -88,11 +89,11 @@ def before_step(self: DPC, views, clips, step, ranks):
 @patch
 def predict_ahead(self: DPC, seen, weights) -> torch.Tensor: # (P, rows, C)
     "Predict blocks from those that are seen, (N - P, rows, C); the state after each is weighted, (N - 1, rows, C)."
-    weights, state = iter(weights), torch.zeros_like(seen[0])
-    for block in seen:
-        state = self.recurrence(block.relu(), state)*next(weights)
+    state = torch.zeros_like(seen[0])
+    for block, weight in zip(seen, weights):
+        state = self.recurrence(block.relu(), state)*weight
     predictions = [self.predict(state)]
-    for weight in weights:
+    for weight in weights[len(seen):]:
         state = self.recurrence(predictions[-1].relu(), state)*weight
         predictions.append(self.predict(state))
     return torch.stack(predictions)
