@@ -80,7 +80,7 @@ class Pretext(nn.Module):
         "The outputs for some clips."
         raise NotImplementedError
 
-    def loss(self, outputs: NamedTuple, views: dict, ranks: Ranks = ALONE) -> dict: # loss and its parts
+    def loss(self, outputs: NamedTuple, views: dict, ranks: Ranks = ALONE) -> dict: # loss, and the parts that `losses` names
         "The loss of this rank's clips; its mean over the ranks is the loss of the batch."
         raise NotImplementedError
 
@@ -219,7 +219,7 @@ class GLCMPretext(Pretext):
         if self.run.loss.silence == 0:
             return views
         sounds = [sound_of_nothing(self.run, rng) for rng in clip_generators(self.run, step, clips)]
-        return views | dict(nothing=torch.stack(sounds).to(views['audio'].device))
+        return views | dict(nothing=to_device(torch.stack(sounds), views['audio'].device))
 
     def forward(self, views: dict) -> Embeddings:
         return self.model(views['video'], views['audio'], self.has_local, views.get('nothing'))
