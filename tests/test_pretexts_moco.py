@@ -13,9 +13,11 @@ from glcm.losses import ALONE
 from glcm.pretexts.moco import follow, key_groups, queue_loss, shuffled
 from glcm.pretexts.pretext import prepare_views
 from glcm.training.config import run_config
+from glcm.training.pretrain import train
 from glcm.training.step import training_step
 from batches import NAMES, noise_batch
-from test_pretexts import new_network, run_of, share_of
+from test_pretexts import machine_with, new_network, run_of, share_of
+from test_resume import write_clips
 
 SMALL = dict(frames=4, crop=32, shift=0)
 
@@ -251,7 +253,7 @@ def test_keys_over_ranks_are_those_of_one_process(tmp_path, monkeypatch, process
 
 @pytest.mark.parametrize('changes, message', [
     (dict(pretext=dict(queue=7)), 'queue 7 is shorter than a batch: set it to pretrain.batch = 8 or more'),
-    (dict(pretrain=dict(clips=255)), 'queue 256 holds old keys of every clip .* pretrain.clips = 255 or less'),
+    (dict(pretrain=dict(clips=255)), 'queue 256 holds old keys of every clip .* set it to 255 or less'),
     (dict(loss=dict(negatives='batch')), 'set loss.negatives to world, not batch'),
     (dict(pretext=dict(key_groups=1)), 'key_groups should be 2 or more'),
     (dict(pretext=dict(momentum=1.0)), 'momentum should be below 1'),
@@ -259,6 +261,16 @@ def test_keys_over_ranks_are_those_of_one_process(tmp_path, monkeypatch, process
 def test_values_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(InputError, match=message):
         run_of('moco', **changes)
+
+
+def test_clips_are_counted_before_training(tmp_path):
+    "Where `pretrain.clips` is null, the queue is compared with the clips that there are."
+    write_clips(tmp_path/'clips')
+    run = small_run(dict(queue=8), pretrain=dict(batch=4, steps=1))
+    with pytest.raises(InputError, match='queue 8 holds old keys of every clip .* there are 7 clips'):
+        train(run, machine_with(), tmp_path/'clips', tmp_path/'out', tmp_path/'resume')
+    assert not (tmp_path/'out'/'checkpoint.pt').exists()
+    run.pretext.check_clips(8, run)
 
 
 @pytest.mark.parametrize('queue', [4_096, 65_536])

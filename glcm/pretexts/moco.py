@@ -44,6 +44,13 @@ class MoCoConfig(PretextConfig):
 
     def check(self, run):
         check_queue(self.queue, run)
+        if run.pretrain.clips is not None:
+            self.check_clips(run.pretrain.clips, run)
+
+    def check_clips(self, clips, run):
+        if self.queue > clips:
+            raise InputError(f'pretext.queue {self.queue} holds old keys of every clip as its negatives: '
+                             f'there are {clips} clips to train with, so set it to {clips} or less')
 
     def network(self, model, run):
         return MoCo(model, run)
@@ -53,13 +60,10 @@ def check_queue(
     keys: int, # that the queue holds, K
     run, # the `RunConfig`
 ):
-    "Raise `InputError` where a queue does not fit the batch, the training set or the choice of negatives."
-    batch, clips = run.pretrain.batch, run.pretrain.clips
+    "Raise `InputError` where a queue does not fit the batch or the choice of negatives."
+    batch = run.pretrain.batch
     if keys < batch:
         raise InputError(f'pretext.queue {keys} is shorter than a batch: set it to pretrain.batch = {batch} or more')
-    if clips is not None and keys > clips:
-        raise InputError(f'pretext.queue {keys} holds old keys of every clip as its negatives: '
-                         f'set it to pretrain.clips = {clips} or less')
     if run.loss.negatives != 'world':
         raise InputError("pretext moco has one queue with the keys of all ranks: set loss.negatives to world, "
                          f'not {run.loss.negatives}')

@@ -44,6 +44,13 @@ class PretextConfig:
     ):
         "Raise `InputError` where other sections do not fit this pretext."
 
+    def check_clips(
+        self,
+        clips: int, # that there are to train with
+        run, # the `RunConfig`
+    ):
+        "Raise `InputError` where the training set does not fit this pretext; called before the first step."
+
     def network(
         self,
         model: GLCM, # to be trained

@@ -214,6 +214,7 @@ class Trainer:
         self.history = checkpoints.restore(self.pretext, self.optimizer) # a dict of losses for each step done
         check_same_start(ranks, len(self.history), checkpoints)
         recordings = training_clips(stores, config.pretrain.clips)
+        config.pretext.check_clips(len(recordings), config)
         self.views = TrainingViews(recordings, config.views, config.seed, config.pretext.extra)
         self.start = len(self.history)
         self.writes = ranks.rank == 0 # and shows progress
