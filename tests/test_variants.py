@@ -83,7 +83,7 @@ def differences(variant):
     "What a variant changes against `glcm`, as section.parameter -> value."
     mine, base = (asdict(run_config(read_params(), name, 0)) for name in (variant, 'glcm'))
     return {f'{section}.{k}': v for section, values in mine.items() if isinstance(values, dict)
-            for k, v in values.items() if v != base[section][k]}
+            for k, v in values.items() if v != base[section].get(k)}
 
 
 PAPER = dict(
@@ -195,6 +195,13 @@ def test_kinetics_alone_has_the_papers_number_of_clips():
     ('glcm_kinetics', {'pretrain.datasets': ['kinetics700']})])
 def test_ablations_change_what_their_names_say(variant, changed):
     assert differences(variant) == changed
+
+
+@pytest.mark.parametrize('variant', ['moco', 'cpc', 'dpc', 'infomax', 'avts', 'avts_cross_entropy', 'avslowfast'])
+def test_table_4_varies_the_pretext_only(variant):
+    "But for the shift, which a positive of AVTS cannot have."
+    changed = {name: value for name, value in differences(variant).items() if not name.startswith('pretext.')}
+    assert changed == ({'views.shift': 0} if variant.startswith('av') else {})
 
 
 def test_floor_of_the_released_loss():
