@@ -11,6 +11,7 @@ from dataclasses import asdict
 from functools import cache
 from statistics import median
 
+import numpy as np
 import pytest
 import torch
 from batches import NAMES, noise_batch
@@ -20,7 +21,7 @@ from glcm.core import InputError, override, parse, root
 from glcm.distributed import launch
 from glcm.losses import ALONE
 from glcm.model import GLCM, PARTS
-from glcm.pretexts.avts import AVTS, AVTSOutputs, half_length, hard_share, margin_losses
+from glcm.pretexts.avts import AVTS, AVTSOutputs, choose_sounds, half_length, hard_share, margin_losses, teaches
 from glcm.pretexts.pretext import gather_clips, prepare_views
 from glcm.tasks.config import parse_task
 from glcm.tasks.features import Features
@@ -31,6 +32,7 @@ from glcm.training.config import MachineConfig, RunConfig, run_config
 from glcm.training.pretrain import Stopped, train, wrap_network
 from glcm.training.step import training_step
 from test_resume import assert_equal_runs, write_clips
+from test_views import numbered_views
 
 # rows of `variants`, each with another pretext or part of one
 VARIANTS = ['glcm', 'glcm_no_local', 'glcm_silence', 'moco', 'cpc', 'dpc', 'infomax', 'avts', 'avts_cross_entropy', 'avslowfast']
@@ -452,6 +454,42 @@ def test_avts_in_the_first_half_has_easy_negatives_alone():
     config = run_of('avts').pretext
     shares = [hard_share(step, 1000, config) for step in range(1000)]
     assert shares == [0.]*500 + [config.hard]*500
+
+
+def test_the_second_window_of_avts_is_of_another_moment():
+    "At least half a second away from the first, which is that of the frames, and inside of the clip."
+    distances = set()
+    for view in numbered_views(run_of('avts'), 'frame'):
+        start, second = int(view['mel'][0, 0]), int(view['second_mel'][0, 0])
+        assert view['mel'][0, ::12].tolist() == view['planes'][:, 0, 0].tolist()
+        assert view['second_mel'][-1, ::12].tolist() == list(range(second, second + 16))
+        assert 0 <= second <= 40 - 16
+        assert second - start == view['distance'] and abs(second - start) >= 5
+        distances.add(second - start)
+    assert min(distances) < 0 < max(distances)
+
+
+def noise_of_variance_one(count):
+    "(count, 6, 20) noise in float64; any two are orthogonal, and each has mean 0."
+    g = torch.Generator().manual_seed(7)
+    noise = torch.randn(120, count, generator=g, dtype=torch.float64)
+    columns, _ = torch.linalg.qr(noise - noise.mean(0))
+    return columns.T.view(count, 6, 20)*math.sqrt(119)
+
+
+def test_silence_and_sameness_have_a_threshold_each():
+    "A variance of 0.01, and a cosine of 0.99999."
+    x, y = noise_of_variance_one(2).unsqueeze(1)
+    assert x.var().item() == pytest.approx(1) and abs((x*y).sum().item()) < 1e-10
+    assert teaches(0.11*x) and not teaches(0.09*x)
+    assert teaches(x + 0.006*y, x) and not teaches(x + 0.003*y, x)
+    assert teaches(0.11*y, x) and not teaches(0.09*y, x)
+    views = dict(
+        audio=torch.cat([x, x, 0.09*x]), second_audio=torch.cat([x + 0.006*y, x + 0.003*y, y]),
+        distance=torch.tensor([7, 7, 7]))
+    chosen = choose_sounds(views, [np.random.default_rng(0)]*3, 0.5)
+    assert chosen['audible'].tolist() == [True, True, False]
+    assert chosen['second_audible'].tolist() == [True, False, True]
 
 
 def test_avts_needs_another_clip_and_no_shift():

@@ -1,21 +1,20 @@
 """InfoMax compares what it should with what it should, and its loss is what AMDIM's is."""
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
 from glcm.core import InputError
-from glcm.data.views import TrainingViews
 from glcm.distributed import Ranks
 from glcm.losses import ALONE
 from glcm.model import GLCM
-from glcm.pretexts.infomax import (InfoMaxOutputs, ResidualMLP, cell_losses, cell_scores, infomax_losses, soft_clip,
-                                   spread_cells, take_cells)
+from glcm.pretexts.infomax import (InfoMaxOutputs, ResidualMLP, cell_losses, infomax_losses, soft_clip, spread_cells,
+                                   take_cells)
 from glcm.pretexts.pretext import prepare_views
 from batches import NAMES, noise_batch
 from test_pretexts import LATE, new_network, run_of
+from test_views import numbered_views
 
 
 def random_scores(clips=5, cells=4):
@@ -260,31 +259,11 @@ def test_a_clip_does_not_depend_on_others(seen):
         torch.testing.assert_close(a, b[2:3], rtol=1e-4, atol=1e-4)
 
 
-class Numbered:
-    "A clip whose brightness is the number of the frame, or of the row."
-    clips = [dict(clip='a', steps=40)]
-
-    def __init__(self, what):
-        self.what = what
-
-    def planes(self, i, start, end):
-        planes = np.zeros((end - start, 96, 64), np.uint8)
-        frames = np.arange(start, end, dtype=np.uint8)[:, None, None]
-        rows = np.arange(96, dtype=np.uint8)[:, None]
-        return planes + (frames if self.what == 'frame' else rows)
-
-    def mel(self, i, start, end):
-        return np.zeros((80, 12*(end - start)), np.float32)
-
-
 @pytest.mark.parametrize('what, least, most', [('frame', 20, 20), ('row', 1, 11)])
 def test_both_sequences_start_together_and_are_cropped_apart(what, least, most):
     "All of 20 views share the span; of 64 rows there are 5 crops of 56, so that some share theirs by chance."
-    run = run_of('infomax')
-    views = TrainingViews([[(Numbered(what), 0)]], run.views, 0, run.pretext.extra)
     equal = 0
-    for epoch in range(20):
-        view = views[epoch, 0]
+    for view in numbered_views(run_of('infomax'), what):
         first, second = (view[name][:, 0, 0].tolist() for name in ('planes', 'second_planes'))
         assert first[-1] - first[0] == (15 if what == 'frame' else 0)
         equal += first == second

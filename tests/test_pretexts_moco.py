@@ -18,6 +18,7 @@ from glcm.training.step import training_step
 from batches import NAMES, noise_batch
 from test_pretexts import machine_with, new_network, run_of, share_of
 from test_resume import write_clips
+from test_views import numbered_views
 
 SMALL = dict(frames=4, crop=32, shift=0)
 
@@ -134,6 +135,21 @@ def test_running_statistics_are_not_averaged():
             norm.running_mean += 3
     network.before_step(views_of(network.run), NAMES, 0, ALONE)
     assert all(torch.equal(buffer, statistics[name]) for name, buffer in network.key_encoder.named_buffers())
+
+
+# The views
+
+@pytest.mark.parametrize('what, span, most', [('frame', 15, 4), ('row', 0, 11)])
+def test_both_views_have_their_own_start_and_crop(what, span, most):
+    "Inside of the clip's 40 frames and 64 rows. By chance, a few of 20 pairs start together: of 25 frames, or of 5 rows."
+    together = 0
+    for view in numbered_views(run_of('moco'), what):
+        for name in ('planes', 'second_planes'):
+            corner = view[name][:, 0, 0].tolist() # of each frame
+            assert corner[-1] - corner[0] == span
+            assert 0 <= corner[0] and corner[-1] < 40
+        together += bool(view['planes'][0, 0, 0] == view['second_planes'][0, 0, 0])
+    assert together <= most
 
 
 # The queue

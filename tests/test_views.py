@@ -1,6 +1,7 @@
 "Which clips training takes, in which order, and that no recording is its own negative."
 import shutil
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader
@@ -130,3 +131,29 @@ def test_overlap_without_shift_or_local_pathway():
     assert overlap(z, torch.tensor([1, 0]), 1) is z
     z = z._replace(audio_local=torch.zeros(2, 3, 6), video_local=torch.zeros(2, 3, 2))
     assert overlap(z, torch.tensor([0, 0]), 0) is z
+
+
+# Second views: those of a clip that tells where they were taken
+
+class Numbered:
+    "A clip whose brightness is the number of the frame, or of the row; its mel is that of the frame."
+    clips = [dict(clip='a', steps=40)]
+
+    def __init__(self, what):
+        self.what = what
+
+    def planes(self, i, start, end):
+        planes = np.zeros((end - start, 96, 64), np.uint8)
+        frames = np.arange(start, end, dtype=np.uint8)[:, None, None]
+        rows = np.arange(96, dtype=np.uint8)[:, None]
+        return planes + (frames if self.what == 'frame' else rows)
+
+    def mel(self, i, start, end):
+        frames = np.arange(start, end, dtype=np.float32).repeat(12)
+        return np.tile(frames, (80, 1))
+
+
+def numbered_views(run, what):
+    "The views of such a clip in twenty epochs."
+    views = TrainingViews([[(Numbered(what), 0)]], run.views, 0, run.pretext.extra)
+    return [views[epoch, 0] for epoch in range(20)]
