@@ -88,9 +88,9 @@ def cross_entropy_losses(
 ) -> tuple[torch.Tensor, torch.Tensor]: # (B,) of the positives, (B,) of the negatives
     "The two terms of the cross-entropy for each clip."
     weights, bias = score[:, :-1], score[:, -1]
-    together = (F.relu(video + positive)*weights).sum(1) + bias
-    apart = (F.relu(video + negative)*weights).sum(1) + bias
-    return F.softplus(-together)/2, F.softplus(apart)/2
+    positive_score = (F.relu(video + positive)*weights).sum(1) + bias
+    negative_score = (F.relu(video + negative)*weights).sum(1) + bias
+    return F.softplus(-positive_score)/2, F.softplus(negative_score)/2
 
 # %% ../../nbs/35_pretexts.avts.ipynb #010
 def hard_share(
