@@ -21,7 +21,7 @@ from glcm.core import InputError, override, parse, root
 from glcm.distributed import launch
 from glcm.losses import ALONE
 from glcm.model import GLCM, PARTS
-from glcm.pretexts.avts import AVTS, AVTSOutputs, choose_sounds, half_length, hard_share, margin_losses, teaches
+from glcm.pretexts.avts import AVTS, AVTSOutputs, choose_sounds, half_length, hard_share, margin_losses, is_informative
 from glcm.pretexts.pretext import gather_clips, prepare_views
 from glcm.tasks.config import parse_task
 from glcm.tasks.features import Features
@@ -481,9 +481,9 @@ def test_silence_and_sameness_have_a_threshold_each():
     "A variance of 0.01, and a cosine of 0.99999."
     x, y = noise_of_variance_one(2).unsqueeze(1)
     assert x.var().item() == pytest.approx(1) and abs((x*y).sum().item()) < 1e-10
-    assert teaches(0.11*x) and not teaches(0.09*x)
-    assert teaches(x + 0.006*y, x) and not teaches(x + 0.003*y, x)
-    assert teaches(0.11*y, x) and not teaches(0.09*y, x)
+    assert is_informative(0.11*x) and not is_informative(0.09*x)
+    assert is_informative(x + 0.006*y, x) and not is_informative(x + 0.003*y, x)
+    assert is_informative(0.11*y, x) and not is_informative(0.09*y, x)
     views = dict(
         audio=torch.cat([x, x, 0.09*x]), second_audio=torch.cat([x + 0.006*y, x + 0.003*y, y]),
         distance=torch.tensor([7, 7, 7]))

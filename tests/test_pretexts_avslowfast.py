@@ -9,7 +9,7 @@ from glcm.core import InputError
 from glcm.data.planes import from_rgb, to_rgb
 from glcm.losses import ALONE
 from glcm.model import GLCM
-from glcm.pretexts.avslowfast import LAYERS, AVSlowFastOutputs, turn_clips
+from glcm.pretexts.avslowfast import SYNC_LAYERS, AVSlowFastOutputs, rotate_clips
 from glcm.pretexts.avts import AVTSOutputs, half_length
 from glcm.pretexts.pretext import prepare_views
 from glcm.training.step import training_step
@@ -25,7 +25,7 @@ def noise(clips=4, side=6):
 
 def test_a_turn_is_numpys_of_every_frame():
     video = noise()
-    turned = turn_clips(video, [3, 0, 2, 1])
+    turned = rotate_clips(video, [3, 0, 2, 1])
     for clip, turns in enumerate([3, 0, 2, 1]):
         for channel in range(3):
             for frame in range(3):
@@ -37,7 +37,7 @@ def test_four_quarter_turns_are_none():
     video = noise()
     turned = [video]
     for _ in range(4):
-        turned.append(turn_clips(turned[-1], [1]*4))
+        turned.append(rotate_clips(turned[-1], [1]*4))
     assert torch.equal(turned[4], video)
     assert not any(torch.equal(turned[k], video) for k in (1, 2, 3))
 
@@ -49,13 +49,13 @@ def test_stored_planes_are_turned_as_the_picture_they_hold():
     planes = torch.from_numpy(from_rgb(picture[None]))[None]
     video = to_rgb(planes).transpose(1, 2)
     for turns in range(4):
-        turned = turn_clips(video, [turns])[0, :, 0].permute(1, 2, 0).numpy()
+        turned = rotate_clips(video, [turns])[0, :, 0].permute(1, 2, 0).numpy()
         assert np.abs(turned.astype(int) - np.rot90(picture, turns)).max() < 10
 
 
 def test_only_square_frames_can_be_turned():
     with pytest.raises(InputError, match='5x6 cannot be turned'):
-        turn_clips(noise()[..., :5], [0]*4)
+        rotate_clips(noise()[..., :5], [0]*4)
 
 
 # The loss
@@ -84,7 +84,7 @@ def test_the_loss_is_three_of_avts_and_a_cross_entropy():
     outputs, views = example()
     values = {name: value.item() for name, value in network.loss(outputs, views).items()}
     expected = {}
-    for k, layer in enumerate(LAYERS):
+    for k, layer in enumerate(SYNC_LAYERS):
         embeddings = AVTSOutputs(*(z[:, k] for z in outputs[:3]))
         expected[f'{layer}_loss'] = slow_avts(embeddings, views, 0.99)
     expected['rotation_loss'] = slow_rotation(outputs.rotation, views['turns'])
@@ -96,7 +96,7 @@ def test_each_layer_has_the_loss_of_avts():
     outputs, views = example()
     losses = new_network(run_of('avslowfast')).loss(outputs, views)
     avts = new_network(run_of('avts'))
-    for k, layer in enumerate(LAYERS):
+    for k, layer in enumerate(SYNC_LAYERS):
         alone = avts.loss(AVTSOutputs(*(z[:, k] for z in outputs[:3])), views)['loss']
         torch.testing.assert_close(losses[f'{layer}_loss'], alone, rtol=1e-12, atol=0)
 
@@ -108,7 +108,7 @@ def test_closed_forms():
     same = torch.full((9, 3, 4), 0.25, dtype=torch.float64) # of length 1/2
     losses = network.loss(AVSlowFastOutputs(same, same, same, torch.full((9, 4), 1.7, dtype=torch.float64)), views)
     assert float(losses['rotation_loss']) == pytest.approx(math.log(4), rel=1e-12)
-    for layer in LAYERS:
+    for layer in SYNC_LAYERS:
         assert float(losses[f'{layer}_loss']) == pytest.approx(0.99**2/2, rel=1e-12)
     certain = 100*torch.nn.functional.one_hot(views['turns'], 4).double()
     views['hard'] = torch.ones(9, dtype=torch.bool)
@@ -149,7 +149,7 @@ def test_rotation_alone_trains_no_sound(seen):
 @pytest.mark.parametrize('k', range(3))
 def test_a_layer_trains_what_is_before_it(seen, k):
     network, views = seen
-    layer = list(LAYERS)[k]
+    layer = list(SYNC_LAYERS)[k]
     reached = gradients_of(network, network.loss(network(views), views)[f'{layer}_loss'])
     for encoder in ('global', 'local', 'audio'):
         found = {name.split('.')[2] for name in reached if name.startswith(f'model.{encoder}_encoder.')}
@@ -183,7 +183,7 @@ def test_both_pathways_see_the_turned_clip_and_the_slow_one_few_frames(seen):
     assert torch.equal(seen_by['global'], seen_by['local'][:, :, ::stride])
     upright = prepare_views(noise_batch(network.run))['video']
     turns = views['turns'].tolist()
-    assert len(set(turns)) > 1 and torch.equal(views['video'], turn_clips(upright, turns))
+    assert len(set(turns)) > 1 and torch.equal(views['video'], rotate_clips(upright, turns))
 
 
 def test_a_clip_does_not_depend_on_others(seen):

@@ -9,7 +9,7 @@ from glcm.core import InputError
 from glcm.distributed import Ranks
 from glcm.losses import ALONE
 from glcm.model import GLCM
-from glcm.pretexts.infomax import (InfoMaxOutputs, ResidualMLP, cell_losses, infomax_losses, soft_clip, spread_cells,
+from glcm.pretexts.infomax import (InfoMaxOutputs, ResidualMLP, cell_losses, infomax_losses, tanh_clip, spread_cells,
                                    take_cells)
 from glcm.pretexts.pretext import prepare_views
 from batches import NAMES, noise_batch
@@ -38,9 +38,9 @@ def test_one_cell_is_infonce():
 
 def test_a_large_bound_changes_no_score_and_a_small_one_holds():
     scores = random_scores()
-    torch.testing.assert_close(soft_clip(scores, 1e8), scores, rtol=1e-10, atol=0)
-    assert soft_clip(1000*scores, 20.).abs().max() <= 20
-    assert soft_clip(torch.tensor(20.), 20.).item() == pytest.approx(20*math.tanh(1), rel=1e-6)
+    torch.testing.assert_close(tanh_clip(scores, 1e8), scores, rtol=1e-10, atol=0)
+    assert tanh_clip(1000*scores, 20.).abs().max() <= 20
+    assert tanh_clip(torch.tensor(20.), 20.).item() == pytest.approx(20*math.tanh(1), rel=1e-6)
 
 
 def test_only_its_own_score_and_those_of_other_clips_move_a_cell():

@@ -10,7 +10,7 @@ import torch
 from glcm.core import InputError, read_study, root
 from glcm.distributed import launch
 from glcm.losses import ALONE
-from glcm.pretexts.moco import follow, key_groups, queue_loss, shuffled
+from glcm.pretexts.moco import momentum_update, key_groups, queue_loss, shuffle_order
 from glcm.pretexts.pretext import prepare_views
 from glcm.training.config import run_config
 from glcm.training.pretrain import train
@@ -47,7 +47,7 @@ def unit_rows(rows, columns, seed):
 
 @pytest.mark.parametrize('K, temperature', [(1, 1.0), (7, 0.1), (256, 0.07), (4096, 0.07)])
 def test_closed_forms(K, temperature):
-    "Three clips of one query: its own key and all of the queue are the query, or at right angles to it."
+    "Three clips of one query: its positive key and all of the queue are the query, or at right angles to it."
     same, other = torch.eye(8, dtype=torch.float64)[:2]
 
     def loss(key, waiting):
@@ -96,7 +96,7 @@ def test_weights_that_stand_still_are_reached_by_powers_of_momentum():
         p.add_(1.0)
     start = [p.clone() for p in slow.parameters()]
     for _ in range(20):
-        follow(slow, fast, 0.9)
+        momentum_update(slow, fast, 0.9)
     for p, first, still in zip(slow.parameters(), start, fast.parameters()):
         torch.testing.assert_close(p, still + 0.9**20*(first - still), rtol=1e-12, atol=1e-12)
 
@@ -191,7 +191,7 @@ def test_keys_have_the_companions_of_their_group():
     views = views_of(network.run, torch.float64)
     with torch.no_grad():
         keys = network.keys(views['second_video'], 0, ALONE)
-        groups = key_groups(shuffled(network.run, 0, 8), network.run.pretext.key_groups, ALONE)
+        groups = key_groups(shuffle_order(network.run, 0, 8), network.run.pretext.key_groups, ALONE)
         assert sorted(len(group) for group in groups) == [2, 2, 2, 2]
         for clip in range(8):
             changed = views['second_video'].clone()
@@ -212,7 +212,7 @@ def test_queries_see_no_second_view():
 
 @pytest.mark.parametrize('clips, size', [(16, 4), (3, 1), (10, 3), (2, 1), (512, 128)])
 def test_groups_share_the_batch(clips, size):
-    order = shuffled(small_run(), 7, clips)
+    order = shuffle_order(small_run(), 7, clips)
     groups = key_groups(order, 4, ALONE)
     assert max(len(group) for group in groups) == size
     assert sorted(torch.cat(groups).tolist()) == list(range(clips))
@@ -220,9 +220,9 @@ def test_groups_share_the_batch(clips, size):
 
 def test_each_step_and_seed_has_an_order_of_its_own():
     run = small_run()
-    orders = [shuffled(run, 7, 16), shuffled(run, 8, 16), shuffled(replace(run, seed=1), 7, 16)]
+    orders = [shuffle_order(run, 7, 16), shuffle_order(run, 8, 16), shuffle_order(replace(run, seed=1), 7, 16)]
     assert len({tuple(order.tolist()) for order in orders}) == 3
-    assert torch.equal(orders[0], shuffled(run, 7, 16))
+    assert torch.equal(orders[0], shuffle_order(run, 7, 16))
 
 
 # Ranks

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Margin', 'StepsApart', 'AVTSConfig', 'at_least_float32', 'half_length', 'margin_losses', 'cross_entropy_losses',
-           'hard_share', 'teaches', 'choose_sounds', 'AVTSOutputs', 'negatives', 'mean_losses', 'AVTS']
+           'hard_share', 'is_informative', 'choose_sounds', 'AVTSOutputs', 'negatives', 'mean_losses', 'AVTS']
 
 # %% ../../nbs/35_pretexts.avts.ipynb #002
 from collections.abc import Callable
@@ -102,7 +102,7 @@ def hard_share(
     return config.hard if step >= config.hard_from*steps else 0.0
 
 # %% ../../nbs/35_pretexts.avts.ipynb #010b
-def teaches(
+def is_informative(
     sound: torch.Tensor, # (B, F, N) scaled log-mel
     other: torch.Tensor | None = None, # (B, F, N) another window of the same clip
 ) -> torch.Tensor: # (B,) bool
@@ -122,7 +122,7 @@ def choose_sounds(
     drawn = [rng.random() < share for rng in generators]
     distance = views['distance']
     hard = to_device(torch.tensor(drawn), distance.device) & (distance != 0)
-    audible, other = teaches(views['audio']), teaches(views['second_audio'], views['audio'])
+    audible, other = is_informative(views['audio']), is_informative(views['second_audio'], views['audio'])
     return dict(hard=hard, audible=audible, second_audible=other)
 
 # %% ../../nbs/35_pretexts.avts.ipynb #012

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PretextConfig', 'Pretext', 'prepare_views', 'empty_views', 'clip_generators', 'to_device', 'gather_clips', 'own_rows',
-           'comparing_ranks', 'sound_of_nothing', 'GLCMConfig', 'GLCMPretext']
+           'comparing_ranks', 'silence_or_noise', 'GLCMConfig', 'GLCMPretext']
 
 # %% ../../nbs/30_pretexts.pretext.ipynb #002
 from typing import ClassVar, Literal, NamedTuple
@@ -188,7 +188,7 @@ def comparing_ranks(
     return ranks if run.loss.negatives == 'world' else ALONE
 
 # %% ../../nbs/30_pretexts.pretext.ipynb #016a
-def sound_of_nothing(
+def silence_or_noise(
     run, # the `RunConfig`
     rng: np.random.Generator,
 ) -> torch.Tensor: # (F, N) as the audio encoder takes it
@@ -225,7 +225,7 @@ class GLCMPretext(Pretext):
     def before_step(self, views, clips, step, ranks):
         if self.run.loss.silence == 0:
             return views
-        sounds = [sound_of_nothing(self.run, rng) for rng in clip_generators(self.run, step, clips)]
+        sounds = [silence_or_noise(self.run, rng) for rng in clip_generators(self.run, step, clips)]
         return views | dict(nothing=to_device(torch.stack(sounds), views['audio'].device))
 
     def forward(self, views: dict) -> Embeddings:
