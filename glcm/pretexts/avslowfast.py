@@ -53,7 +53,7 @@ def rotate_clips(
 SYNC_LAYERS = dict(layer2=4, layer3=2, layer4=1) # that are compared: how many times fewer channels than the last one
 
 def layer_means(
-    encoder: ResNet18,
+    encoder: ResNet18, # of frames or of sound
     x: torch.Tensor, # (B, in_channels, ...)
 ) -> list: # of (B, C), one for each of `SYNC_LAYERS`
     "The features after some layers, averaged over time and space."
@@ -68,7 +68,7 @@ def layer_heads(
     return nn.ModuleList(nn.Linear(channels//fewer, embedding) for fewer in SYNC_LAYERS.values())
 
 def embed_layers(
-    heads: nn.ModuleList,
+    heads: nn.ModuleList, # one for each of `SYNC_LAYERS`, as `layer_heads` makes them
     means: list, # of `layer_means`
 ) -> torch.Tensor: # (B, 3, D), at least float32, of length 1/2
     "An embedding of each layer."

@@ -57,7 +57,9 @@ class AVTSConfig(PretextConfig):
         return AVTS(model, run)
 
 # %% ../../nbs/35_pretexts.avts.ipynb #007
-def at_least_float32(z: torch.Tensor) -> torch.Tensor:
+def at_least_float32(
+    z: torch.Tensor, # of any shape, perhaps bfloat16
+) -> torch.Tensor: # the same shape
     "A tensor in which losses can be computed."
     return z.to(torch.promote_types(z.dtype, torch.float32))
 
@@ -96,7 +98,7 @@ def cross_entropy_losses(
 def hard_share(
     step: int, # number of the step
     steps: int, # of the whole run
-    config: AVTSConfig,
+    config: AVTSConfig, # for `hard` and `hard_from`
 ) -> float: # 0..1
     "The share of hard negatives in a step."
     return config.hard if step >= config.hard_from*steps else 0.0
@@ -180,11 +182,13 @@ def before_step(self: AVTS, views, clips, step, ranks):
     return views | choose_sounds(views, clip_generators(self.run, step, clips), share)
 
 @patch
-def embed(self: AVTS, z):
+def embed(self: AVTS, z): # (B, D) -> (B, D), at least float32
+    "Projections as the objective compares them: of length 1/2 for the margin, as they are for the cross-entropy."
     return half_length(z) if self.run.pretext.objective == 'margin' else at_least_float32(z)
 
 @patch
-def second_layer(self: AVTS, clips):
+def second_layer(self: AVTS, clips): # number of clips B -> (B, D + 1), or None
+    "Weights and bias of the cross-entropy's second layer, a row for each clip; the margin has none."
     if self.run.pretext.objective == 'margin':
         return None
     layer = torch.cat([self.score.weight, self.score.bias.unsqueeze(1)], 1)

@@ -44,8 +44,8 @@ def place_log_sums(
     scores: torch.Tensor, # (n, B, c) of predictions with all candidates
     clips: torch.Tensor, # (n,) which clip each prediction is of
     places: torch.Tensor, # (n,) which of this clip's candidates is right
-) -> tuple: # (n,) of all candidates, (n,) of those of the same clip, (n,) score of the right one
-    "Log-sum-exp of ever fewer candidates of each prediction."
+) -> tuple[torch.Tensor, ...]: # three of (n,): of all candidates, of those of the same clip, of the right one
+    "Log-sum-exp of ever fewer candidates of each prediction; that of the right one is its score."
     rows = torch.arange(len(scores), device=scores.device)
     of_clip = scores[rows, clips] # (n, c)
     return scores.flatten(1).logsumexp(1), of_clip.logsumexp(1), of_clip[rows, places]

@@ -35,7 +35,7 @@ class DPCConfig(BlockConfig):
 # %% ../../nbs/33_pretexts.dpc.ipynb #007
 @torch.no_grad()
 def start_orthogonal(
-    recurrence: nn.GRUCell,
+    recurrence: nn.GRUCell, # whose weights are drawn anew
 ):
     "Fill each gate's weights of input and state, side by side, with orthonormal rows; biases with zeros."
     size, inputs = recurrence.hidden_size, recurrence.input_size
@@ -47,7 +47,7 @@ def start_orthogonal(
     nn.init.zeros_(recurrence.bias_hh)
 
 def dense_predictor(
-    channels: int,
+    channels: int, # of the state, and of a prediction
 ) -> nn.Module: # (..., channels) to (..., channels)
     "Two layers around a ReLU, with orthogonal weights."
     layers = nn.Linear(channels, channels), nn.ReLU(), nn.Linear(channels, channels)

@@ -135,7 +135,7 @@ def infomax_losses(
     sequence: tuple, # mean (m, D), cells of layer3 and layer4 (m, V, D), that gives the antecedents
     draws: torch.Tensor, # (m,) float32, from 0 to 1: which cell is an antecedent
     other: tuple, # the same of the other sequence
-    config: InfoMaxConfig,
+    config: InfoMaxConfig, # for `largest_score` and `penalty`
     ranks: Ranks, # those whose clips are negatives
 ) -> torch.Tensor: # (4,), as `losses` names them
     "The loss of one direction, by its parts."

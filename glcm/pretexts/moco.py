@@ -32,7 +32,7 @@ class MoCoConfig(PretextConfig):
     queue: Annotated[StrictInt, Field(ge=2, le=10_000_000)] # keys of earlier steps that are the negatives, K
     temperature: Temperature # divides the scores
     momentum: Annotated[StrictFloat, Field(ge=0, lt=1)] # m: what the key encoder keeps of itself in a step
-    key_groups: Annotated[StrictInt, Field(ge=2, le=65_536)] # parts of the shuffled batch, each normalised by itself
+    key_groups: Annotated[StrictInt, Field(ge=2, le=65_536)] # parts of the shuffled batch, each normalised by itself; at least one per rank
     losses: ClassVar[tuple[str, ...]] = ('contrast_loss',)
 
     @property
@@ -105,9 +105,9 @@ def shuffle_order(
 def key_groups(
     order: torch.Tensor, # (B,) as `shuffle_order` gives it
     groups: int, # of the whole batch
-    ranks: Ranks,
+    ranks: Ranks, # that share the groups
 ) -> tuple[torch.Tensor, ...]: # places in the batch, of each group
-    "The groups of clips whose keys this rank encodes: no larger than a share of the batch, and than its own share."
+    "The groups of clips whose keys this rank encodes: at most ceil(B/groups) clips each, all of its own B/P."
     mine = order.chunk(ranks.size)[ranks.rank]
     return mine.split(math.ceil(len(order)/groups))
 
@@ -128,16 +128,26 @@ class MoCo(Pretext):
 
 # %% ../../nbs/31_pretexts.moco.ipynb #83556e47
 @patch
-def embed(self: MoCo, encoder, head, video):
-    "(B, 3, T, h, w) uint8 frames to (B, D) of length one."
+def embed(
+    self: MoCo,
+    encoder: nn.Module, # of the queries, or of the keys
+    head: nn.Module, # that belongs to it
+    video: torch.Tensor, # (B, 3, T, h, w) uint8 frames
+) -> torch.Tensor: # (B, D), at least float32, of length one
+    "Embeddings of views: features are averaged, projected and normalised."
     frames = normalize_frames(video, self.model.mean, self.model.std)
     z = head(encoder(frames).mean((2, 3, 4)))
     return F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=1)
 
 # %% ../../nbs/31_pretexts.moco.ipynb #21d7af2b
 @patch
-def keys(self: MoCo, video, step, ranks):
-    "(m, D) for this rank's clips, normalised in groups of the shuffled batch of all ranks."
+def keys(
+    self: MoCo,
+    video: torch.Tensor, # (m, 3, T, h, w) uint8 second views of this rank's clips
+    step: int, # number of the step, for the order
+    ranks: Ranks, # that encode the batch together
+) -> torch.Tensor: # (m, D)
+    "The keys of this rank's clips, normalised in groups of the shuffled batch of all ranks."
     everything = gather_clips(video, ranks)
     order = to_device(shuffle_order(self.run, step, len(everything)), video.device)
     groups = key_groups(order, self.run.pretext.key_groups, ranks)

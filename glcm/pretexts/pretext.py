@@ -163,7 +163,7 @@ class _Gather(torch.autograd.Function):
 
 def gather_clips(
     x: torch.Tensor, # (m, ...), a row for each of this rank's clips
-    ranks: Ranks,
+    ranks: Ranks, # that share the batch
 ) -> torch.Tensor: # (P*m, ...), in the order of the batch; carries gradients to all ranks
     "The rows of all clips of the batch."
     if ranks.size == 1:
@@ -174,7 +174,7 @@ def gather_clips(
 # %% ../../nbs/30_pretexts.pretext.ipynb #ddfe09d3
 def own_rows(
     clips: int, # of this rank, m
-    ranks: Ranks,
+    ranks: Ranks, # that share the batch
     device: torch.device | None = None, # of the result; None: the CPU
 ) -> torch.Tensor: # (m,) places of this rank's clips in the batch
     "Where the clips of this rank are among the rows that `gather_clips` returns."
