@@ -6,8 +6,8 @@
 __all__ = ['SPATIAL_STAGES', 'TEMPORAL_STAGES', 'CONV', 'STEM', 'NORM', 'POOL', 'KERNELS', 'STAGES', 'LAYERS', 'stage_strides',
            'FramesConv3d', 'space_to_depth', 'StemConv3d', 'channel_sums', 'scale_channels', 'RanksBatchNorm',
            'SignalBatchNorm', 'FramesBatchNorm', 'BasicBlock', 'stem_kernel', 'residual_layer', 'draw_convolutions',
-           'ResidualNetwork', 'ResNet18', 'frozen_statistics', 'update_statistics_once', 'recomputed', 'video_resnet18',
-           'audio_resnet18', 'clip_count', 'reset_batchnorm_statistics']
+           'Motion', 'ResidualNetwork', 'ResNet18', 'frozen_statistics', 'update_statistics_once', 'recomputed',
+           'video_resnet18', 'audio_resnet18', 'clip_count', 'reset_batchnorm_statistics']
 
 # %% ../nbs/01_encoders.ipynb #002
 from collections.abc import Callable, Iterable
@@ -224,13 +224,20 @@ def draw_convolutions(
         if isinstance(module, kind):
             nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
 
+# %% ../nbs/01_encoders.ipynb #02491fee
+class Motion(nn.Module):
+    "Frames (B, C, T, H, W) without their mean over time: what stands still is gone."
+    def forward(self, x, length=None): # length (B,) frames of each clip, with zeros behind them; None: all T
+        frames = x.shape[2] if length is None else length.view(-1, 1, 1, 1, 1)
+        return x - x.sum(2, keepdim=True)/frames
+
 # %% ../nbs/01_encoders.ipynb #ad05ef08
 class ResidualNetwork(nn.Module):
-    "A stem (`conv1`, `bn1`, `relu` and `pool`) and residual layers, one after the other."
+    "A stem (`input`, `conv1`, `bn1`, `relu` and `pool`) and residual layers, one after the other."
     recompute = False # whether activations are computed again in the backward pass, see below
 
     def stem(self, x):
-        return self.pool(self.relu(self.bn1(self.conv1(x))))
+        return self.pool(self.relu(self.bn1(self.conv1(self.input(x)))))
 
     def stage_outputs(
         self,
@@ -267,6 +274,7 @@ class ResNet18(ResidualNetwork):
         self.channels = 8*width # channels of the features
         stem, pool = stem_kernel(kernels['conv1'], dims), stem_kernel(kernels['pool'], dims)
         half_stem, half_pool = [k//2 for k in stem], [k//2 for k in pool]
+        self.input = nn.Identity()
         self.conv1 = STEM[dims](in_channels, width, stem, strides['conv1'], padding=half_stem, bias=False)
         self.bn1 = NORM[dims](width)
         self.relu = nn.ReLU(inplace=True)
@@ -324,12 +332,16 @@ def video_resnet18(
     temporal_stride: int = 16, # frames per output step: 1, 2, 4, 8 or 16
     spatial_stride: int = 32, # pixels per output cell: 1, 2, 4, 8, 16 or 32
     kernels: str = 'full', # full, or slow or fast as in the authors' released code
+    motion: bool = False, # whether it sees what moves alone
 ) -> ResNet18: # (B, 3, T, H, W) to (B, 8 * width, T', H', W'), each length divided by its stride, rounded up
     "3D-ResNet-18 (Hara et al.) over frames (Section 4); raises `InputError` for impossible strides."
     space = stage_strides(spatial_stride, SPATIAL_STAGES, 'spatial stride')
     time = stage_strides(temporal_stride, TEMPORAL_STAGES, 'temporal stride')
     strides = {stage: (time.get(stage, 1), space[stage], space[stage]) for stage in SPATIAL_STAGES}
-    return ResNet18(3, 3, width, strides, KERNELS[kernels])
+    network = ResNet18(3, 3, width, strides, KERNELS[kernels])
+    if motion:
+        network.input = Motion()
+    return network
 
 # %% ../nbs/01_encoders.ipynb #013
 def audio_resnet18(

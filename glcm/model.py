@@ -48,6 +48,8 @@ class ModelConfig:
     attention_temperature: Temperature # divides the attention's scores
     detach_attention: StrictBool # True: the local loss does not train the attention
     normalize: StrictBool # L2-normalise the embeddings
+    # what the local encoder sees: frames, as in the paper, or motion, what is left of them without their mean over time
+    local_input: Literal['frames', 'motion'] = 'frames'
 
     def __post_init__(self):
         if self.encoders == 'slow_fast' and self.width % 8:
@@ -120,12 +122,13 @@ def visual_encoders(
     config: ModelConfig,
 ) -> tuple: # the global and the local encoder
     "The two visual encoders (Section 4), or the thinner ones of the released code."
+    motion = config.local_input == 'motion'
     if config.encoders == 'r3d':
         global_encoder = video_resnet18(config.width, spatial_stride=config.global_stride)
-        local_encoder = video_resnet18(config.width, 1, config.local_stride)
+        local_encoder = video_resnet18(config.width, 1, config.local_stride, motion=motion)
     else:
         global_encoder = video_resnet18(config.width, 1, config.global_stride, 'slow')
-        local_encoder = video_resnet18(config.width//8, 1, config.local_stride, 'fast')
+        local_encoder = video_resnet18(config.width//8, 1, config.local_stride, 'fast', motion)
     return global_encoder, local_encoder
 
 # %% ../nbs/04_model.ipynb #014

@@ -381,6 +381,19 @@ def test_recomputed_activations_give_the_same_gradients():
         assert torch.equal(statistics[1][name], expected), name
 
 
+@pytest.mark.parametrize('encoders', ['r3d', 'slow_fast'])
+def test_motion_is_blind_to_what_stands_still(encoders):
+    "Another background, the same in all frames, changes the local embeddings of frames, and not those of motion."
+    video, audio = clips()
+    moving, background = video//2, torch.randint(0, 128, (1, 3, 1, *video.shape[3:]), dtype=torch.uint8)
+    for local_input, blind in dict(motion=True, frames=False).items():
+        model = build(encoders=encoders, width=8, pooling='mean', local_input=local_input).eval()
+        z, other = model(moving, audio), model(moving + background, audio)
+        assert torch.allclose(z.video_local, other.video_local, rtol=0, atol=1e-5) == blind
+        assert not torch.allclose(z.video_global, other.video_global, rtol=0, atol=1e-3)
+        assert not torch.allclose(*z.video_local[0, :, [2, 6]].T, rtol=0, atol=1e-3) # moments differ
+
+
 @pytest.mark.parametrize('changes', [dict(encoders='slow_fast', width=8, local_embedding=4), dict(local_embedding=4)])
 def test_local_embeddings_of_their_own_size(changes):
     z = build(**changes)(*clips())

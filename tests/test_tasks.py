@@ -35,9 +35,9 @@ PARAMS = tiny_params('full')
 RUN = run_config(PARAMS, 'glcm', 0)
 
 
-def new_model():
+def new_model(**changes):
     torch.manual_seed(0)
-    return GLCM(RUN.model), RUN
+    return GLCM(replace(RUN.model, **changes)), RUN
 
 
 def edits(a, b):
@@ -510,13 +510,13 @@ def padded_features(network, name, clips):
     return network.pooled(name, frames, None, length)
 
 
-@pytest.mark.parametrize('name', ['global', 'local'])
-def test_padding_is_not_in_the_batch_statistics(name):
+@pytest.mark.parametrize('name, local_input', [('global', 'frames'), ('local', 'frames'), ('local', 'motion')])
+def test_padding_is_not_in_the_batch_statistics(name, local_input):
     "In training, against a loop over the clips in float64: features, running statistics and gradients."
     torch.manual_seed(0)
-    network = Features(*new_model(), replace(task_config(PARAMS, 'lrs2'), features=name)).double().train()
+    network = Features(*new_model(local_input=local_input), replace(task_config(PARAMS, 'lrs2'), features=name)).double().train()
     encoder = network.encoders[name]
-    stages = [encoder.conv1, encoder.bn1, torch.nn.ReLU(), encoder.pool]
+    stages = [encoder.input, encoder.conv1, encoder.bn1, torch.nn.ReLU(), encoder.pool]
     stages += [encoder.layer1, encoder.layer2, encoder.layer3, encoder.layer4]
     clips = [torch.randint(0, 256, (3, length, 32, 32), dtype=torch.uint8) for length in (9, 16, 12, 10)]
     stride = network.stride if name == 'global' else 1

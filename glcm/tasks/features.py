@@ -21,7 +21,7 @@ from torch.nn import functional as F
 from ..attention import attention_pool, mean_pool
 from ..core import InputError
 from ..distributed import Ranks
-from ..encoders import CONV, NORM, POOL, reset_batchnorm_statistics
+from ..encoders import CONV, NORM, POOL, Motion, reset_batchnorm_statistics
 from ..losses import ALONE
 from ..model import ATTENTION_PARTS, GLCM, normalize_frames
 from ..training.config import RunConfig
@@ -93,6 +93,11 @@ class PaddingMask:
         mask = self.mask(x).to(x.device, non_blocking=True)
         return x*mask[:, None, :, None, None]
 
+    def count(self, motion, inputs):
+        "Before the mean over time is taken off: the padding is not counted."
+        x, = inputs
+        return x, self.length.to(x.device, non_blocking=True)
+
     def pack(self, norm, inputs):
         "Before a batch norm: only the steps of clips, without the padding."
         x, = inputs
@@ -117,6 +122,8 @@ def masked_padding(
     """
     padding, hooks = PaddingMask(length, frames), []
     for module in encoder.modules() if length is not None else ():
+        if isinstance(module, Motion):
+            hooks.append(module.register_forward_pre_hook(padding.count))
         if isinstance(module, (CONV[3], POOL[3])):
             hooks.append(module.register_forward_pre_hook(padding.zero))
         if isinstance(module, NORM[3]) and module.training:
