@@ -20,7 +20,9 @@ from glcm.training.pretrain import copied_ahead
 from glcm.training.step import tune_gpu
 
 GPU = torch.device('cuda', 0)
-VARIANTS = ['glcm', 'glcm_no_local', 'glcm_no_mil', 'glcm_silence', 'moco', 'cpc', 'dpc', 'infomax', 'avts', 'avts_cross_entropy', 'avslowfast']
+VARIANTS = [
+    'glcm', 'glcm_no_local', 'glcm_no_mil', 'glcm_silence', 'glcm_motion', 'moco', 'cpc', 'dpc', 'infomax', 'avts', 'avts_cross_entropy',
+    'avslowfast']
 aten = torch.ops.aten
 
 

@@ -182,7 +182,8 @@ def comparisons(
     "The variants and settings that one is compared with."
     compared = []
     if variant != 'scratch':
-        for other in ('scratch', base_variant(variant, variants)):
+        untrained = variant.replace('glcm', 'scratch', 1) # the random weights of the same network
+        for other in dict.fromkeys(['scratch', untrained, base_variant(variant, variants)]):
             if other in variants and other != variant:
                 compared.append((other, setting))
     for other in BASE_SETTINGS.get(setting, ()):
@@ -266,11 +267,13 @@ VARIANT_NAMES = dict(
     glcm_no_mil='GLCM without MIL',
     glcm_mean_pool='GLCM, mean pooling',
     glcm_silence='GLCM with silence and noise as negatives',
+    glcm_motion='GLCM, motion in the local view',
     glcm_15k='GLCM on K-AV-15K',
     glcm_15k_no_mil='GLCM without MIL on K-AV-15K',
     glcm_kinetics='GLCM on Kinetics alone',
     **OTHER_PRETEXTS,
     scratch='random weights',
+    scratch_motion='random weights, motion in the local view',
     centre='centre box',
     whole='whole image',
     random='random map')
