@@ -66,3 +66,11 @@ def test_chapters_are_in_reading_order():
         assert path.stem.split('_', 1)[1] == module, f'{path.name} exports {module}'
         found.append(module.split('.')[0])
     assert found == sorted(found, key=PARTS.index)
+
+
+@pytest.mark.parametrize('path', sorted((root()/'nbs').rglob('*.ipynb')), ids=lambda path: path.stem)
+def test_notebooks_keep_no_logs(path):
+    for number, cell in enumerate(nbformat.read(path, 4).cells):
+        for output in cell.get('outputs', []):
+            logged = output.output_type == 'stream' and (output.name == 'stderr' or not output.text.strip())
+            assert not logged, f'cell {number} of {path.name} keeps a progress bar or a warning'
