@@ -228,11 +228,18 @@ PAIR_COLUMNS = ['variant', 'setting', 'against', 'against_setting', 'labels'] # 
 DIFFERENCE_COLUMNS = [
     *PAIR_COLUMNS, 'task', 'metric', 'difference', 'low', 'high', 'clips', 'groups', 'seeds']
 
+def _common_seeds(
+    *tables: pd.DataFrame, # with a column seed
+) -> list: # the tables, with the rows of seeds that all have
+    "The rows that can be paired."
+    common = set.intersection(*(set(table['seed']) for table in tables))
+    return [table[table['seed'].isin(common)] for table in tables]
+
 def variant_differences(
     tables: dict, # as from `all_predictions` and `all_measured`
     variants: list, # that were run
 ) -> pd.DataFrame: # with `DIFFERENCE_COLUMNS`; the difference is variant minus against
-    "The paired difference of every two that are compared, in each task and metric that both have."
+    "The paired difference of every two that are compared, in each task, metric and seed that both have."
     differences = []
     for (variant, task, setting), ours in tables.items():
         labels = 1.0 if task in PRETRAINED_TASKS else share_of_labels(ours)
@@ -240,8 +247,11 @@ def variant_differences(
             theirs = tables.get((against, task, against_setting))
             if theirs is None:
                 continue
+            own, others = _common_seeds(ours, theirs)
+            if own.empty:
+                continue
             pair = dict(zip(PAIR_COLUMNS, (variant, setting, against, against_setting, labels)))
-            difference = paired_difference(ours, theirs).reset_index()
+            difference = paired_difference(own, others).reset_index()
             differences.append(difference.assign(task=task, **pair))
     return _concat(differences, DIFFERENCE_COLUMNS)
 
