@@ -8,6 +8,7 @@ __all__ = ['SCORE_COLUMNS', 'LOCALIZATION_METRICS', 'SYNCHRONISATION_COLUMNS', '
            'local_embeddings', 'measure_synchronisation']
 
 # %% ../../nbs/48_tasks.localize.ipynb #002
+from collections.abc import Callable
 from itertools import chain
 
 import numpy as np
@@ -123,6 +124,7 @@ def localize(
     config: RunConfig, # how it was trained
     store: ClipStore, # clips
     ranks: Ranks = ALONE, # processes that share the clips
+    heatmap: Callable = attention_heatmap, # model, video and audio of a span to the map (h, w) that is scored
 ) -> pd.DataFrame: # with `SCORE_COLUMNS` and on_<name>, a row per clip and method; empty without boxes
     "Score the model and the baselines on every test clip; raises `InputError` where only some have boxes."
     test_clips = store.select(split='test')
@@ -134,7 +136,7 @@ def localize(
         if not clip['boxes']:
             raise InputError(f"clip {clip['clip']} of {store.folder} has no boxes to compare with")
         video, audio = middle_span(store, i, config.views.frames)
-        rows.append(_clip_scores(attention_heatmap(model, video, audio), clip))
+        rows.append(_clip_scores(heatmap(model, video, audio), clip))
     table = pd.DataFrame(chain.from_iterable(gather_in_order(rows, ranks)))
     return table[[*SCORE_COLUMNS, *table.columns.difference(SCORE_COLUMNS)]]
 

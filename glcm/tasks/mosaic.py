@@ -10,6 +10,8 @@ __all__ = ['MOSAIC_COLUMNS', 'clips_by_speaker', 'large_kinds', 'choose_four', '
 import argparse
 import sys
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -20,8 +22,8 @@ from ..data.shards import ClipStore
 from ..data.table import csv_rows
 from ..data.views import crop_planes, crop_start, prepare_inputs
 from ..model import GLCM
-from .listen import similarity_maps
-from .localize import resize_scores
+from .localize import attention_heatmap
+from .saliency import saliency_heatmap
 from ..training.checkpoints import load_model
 from ..training.config import RunConfig
 
@@ -88,7 +90,7 @@ def cropped_clip(
     i: int, # number of the clip
     config: RunConfig, # of the model, for the size of a view
     rng: np.random.Generator,
-) -> tuple: # planes (T, 3 crop/2, crop), mel (F, N), boxes of the crop in 0..1, perhaps outside of it
+) -> tuple: # planes (T, 3 crop/2, crop), mel (F, N), boxes of mouths in 0..1, perhaps outside of it
     "The middle of a clip, cropped at a random place."
     clip, frames, crop = store.clips[i], config.views.frames, config.views.crop
     start = (clip['steps'] - frames)//2
@@ -96,7 +98,8 @@ def cropped_clip(
     height, width = planes.shape[1]*2//3, planes.shape[2]
     top, left = crop_start(height, crop, rng), crop_start(width, crop, rng)
     mel = store.mel(i, start, start + frames)
-    boxes = [moved_box(box, (width, height), (left, top), crop) for box in clip['boxes'] or []]
+    mouths = (clip.get('others') or {}).get('mouth') or clip['boxes'] or []
+    boxes = [moved_box(box, (width, height), (left, top), crop) for box in mouths]
     return crop_planes(planes, top, left, crop), mel, boxes
 
 # %% ../../nbs/49d_tasks.mosaic.ipynb #d23148d9
@@ -147,12 +150,12 @@ def measure_mosaic(
     video: torch.Tensor, # (1, 3, T, h, w) uint8, as from `mosaic`
     sounds: torch.Tensor, # (4, F, N) of the quarters
     boxes: list, # of the mouths of each quarter
+    heatmap: Callable = attention_heatmap, # model, video and audio to the map (h, w)
 ) -> list[dict]: # heard, predicted, quarter and mouth, one for each quarter
     "In which quarter, and whether on the mouth of who is heard, the peak of each map is."
-    size = tuple(video.shape[-2:])
     rows = []
-    for heard, scores in enumerate(similarity_maps(model, video, sounds).split(1)):
-        predicted, x, y = place_of_peak(resize_scores(scores, size))
+    for heard, sound in enumerate(sounds.split(1)):
+        predicted, x, y = place_of_peak(heatmap(model, video, sound))
         right = predicted == heard
         on_its_mouth = right and on_mouth(x, y, boxes[heard])
         rows.append(dict(heard=heard, predicted=predicted, quarter=right, mouth=on_its_mouth))
@@ -169,13 +172,14 @@ def measure_mosaics(
     kinds: dict, # speaker -> his kind; empty: not known
     count: int, # of mosaics
     seed: int,
+    heatmap: Callable = attention_heatmap, # model, video and audio to the map (h, w)
 ) -> pd.DataFrame: # with `MOSAIC_COLUMNS`, four rows for each mosaic: each talker is heard once
     "Where the peak of each map is, beside a fixed point in the right quarter."
     rows, boxes_of_rows = [], []
     for k in progress(range(count), 'mosaics'):
         numbers, alike = choose_four(clips, kinds, seed, k)
         video, sounds, boxes = mosaic(store, numbers, config, generator('crops', seed, k))
-        for i, row in zip(numbers, measure_mosaic(model, video, sounds, boxes)):
+        for i, row in zip(numbers, measure_mosaic(model, video, sounds, boxes, heatmap)):
             about = dict(clip=f"{k}: {store.clips[i]['clip']}", group=store.clips[i]['group'], alike=alike)
             rows.append(about | row)
         boxes_of_rows += boxes
@@ -209,6 +213,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--speakers', nargs='+', help='who may be in a mosaic; default: all of the split')
     parser.add_argument('--kinds', help='csv file with columns speaker and sex_by_eye; half of the mosaics are of one')
     parser.add_argument('--count', type=int, default=200, help='of mosaics (%(default)s)')
+    parser.add_argument('--map', choices=['attention', 'saliency'], default='attention',
+                        help='whose peak is taken (%(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='of clips and crops (%(default)s)')
     return parser
 
@@ -221,7 +227,10 @@ def main(arguments: list[str] | None = None):
         store = ClipStore(given.clips)
         clips = clips_by_speaker(store, given.split, given.speakers and tuple(given.speakers))
         kinds = read_kinds(given.kinds)
-        table = measure_mosaics(model, config, store, clips, kinds, given.count, given.seed)
+        heatmap = attention_heatmap
+        if given.map == 'saliency':
+            heatmap = partial(saliency_heatmap, loss=config.loss)
+        table = measure_mosaics(model, config, store, clips, kinds, given.count, given.seed, heatmap)
     except InputError as e:
         sys.exit(str(e))
     with atomic_path(given.out) as path:
