@@ -7,6 +7,7 @@ __all__ = ['AttendedClip', 'attention_and_peak', 'attend_clips', 'ClipSimilarity
            'AttendedVideo', 'attend_file']
 
 # %% ../../nbs/49_tasks.attend.ipynb #002
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -136,8 +137,9 @@ def attend(
     config: RunConfig, # how it was trained
     frames: np.ndarray, # (F, h, w, 3) uint8, at the frame rate and size of training
     mel: np.ndarray, # (bands, F * mel_per_step) log10 mel energies
+    heatmap: Callable = attention_heatmap, # model, video and audio of a span to its map (h, w)
 ) -> np.ndarray: # (F, h, w) float32
-    "Attention scores over every frame of a video; raises `InputError` where it is too short."
+    "Attention scores, or another map, over every frame of a video; raises `InputError` where it is too short."
     length, columns = config.views.frames, config.model.mel_per_step
     if len(frames) < length:
         raise InputError(f'{len(frames)} frames of picture and sound are too few: '
@@ -149,8 +151,8 @@ def attend(
     weight = np.zeros(len(frames), np.float32)
     for start in span_starts(len(frames), length):
         stop = start + length
-        heatmap = attention_heatmap(model, video[:, :, start:stop], audio[:, :, start*columns:stop*columns])
-        total[start:stop] += fade[:, None, None]*heatmap
+        of_span = heatmap(model, video[:, :, start:stop], audio[:, :, start*columns:stop*columns])
+        total[start:stop] += fade[:, None, None]*of_span
         weight[start:stop] += fade
     return total/weight[:, None, None]
 

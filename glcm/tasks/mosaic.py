@@ -11,7 +11,6 @@ import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -23,7 +22,7 @@ from ..data.table import csv_rows
 from ..data.views import crop_planes, crop_start, prepare_inputs
 from ..model import GLCM
 from .localize import attention_heatmap
-from .saliency import saliency_heatmap
+from .saliency import MAPS, map_named
 from ..training.checkpoints import load_model
 from ..training.config import RunConfig
 
@@ -213,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--speakers', nargs='+', help='who may be in a mosaic; default: all of the split')
     parser.add_argument('--kinds', help='csv file with columns speaker and sex_by_eye; half of the mosaics are of one')
     parser.add_argument('--count', type=int, default=200, help='of mosaics (%(default)s)')
-    parser.add_argument('--map', choices=['attention', 'saliency'], default='attention',
+    parser.add_argument('--map', choices=MAPS, default='attention',
                         help='whose peak is taken (%(default)s)')
     parser.add_argument('--seed', type=int, default=0, help='of clips and crops (%(default)s)')
     return parser
@@ -227,9 +226,7 @@ def main(arguments: list[str] | None = None):
         store = ClipStore(given.clips)
         clips = clips_by_speaker(store, given.split, given.speakers and tuple(given.speakers))
         kinds = read_kinds(given.kinds)
-        heatmap = attention_heatmap
-        if given.map == 'saliency':
-            heatmap = partial(saliency_heatmap, loss=config.loss)
+        heatmap = map_named(given.map, config.loss)
         table = measure_mosaics(model, config, store, clips, kinds, given.count, given.seed, heatmap)
     except InputError as e:
         sys.exit(str(e))
