@@ -124,11 +124,13 @@ def verdict(
 # %% ../../nbs/51a_report.claims.ipynb #010
 DATA = dict(
     drawn='The drawn world: miniature copies of each dataset, which ship with this repository or are drawn like it',
-    recorded='Small real data: recordings of GRID, LRW-AR and ESC-10')
+    recorded='Small real data: recordings of GRID, LRW-AR and ESC-10',
+    beyond='Not in the paper, drawn world: the local encoder sees motion, and its saliency is looked at')
+
 def read_claims(
     path: str | Path, # nbs/claims.csv
 ) -> pd.DataFrame: # claim, where, paper, data, file, select, metric, kind, margin, against, all of them texts
-    "The claims of the paper; raises `InputError` for data that are neither drawn nor recorded."
+    "The claims; raises `InputError` for one that is of none of `DATA`."
     claims = pd.read_csv(path, dtype=str, keep_default_na=False)
     wrong = claims[~claims.data.isin(list(DATA))]
     if len(wrong):
@@ -200,13 +202,12 @@ def claims_page(
 ) -> str: # Markdown
     "All claims, in a table for each kind of data, and how many of them hold."
     parts = []
-    for data, title in DATA.items():
-        own = decided[decided.data == data]
+    for data, own in decided.groupby('data', sort=False):
         counts = own.verdict.value_counts()
         sentence = ', '.join(f'{counts.get(name, 0)} {name}' for name in VERDICTS)
         rows = [(row.claim, claim_cells(row)) for row in own.itertuples()]
         table = markdown_table(CLAIM_COLUMNS, rows, tuple(CLAIM_COLUMNS))
-        parts += [f'### {title}', f'{len(own)} claims: {sentence}.', '\n'.join(table)]
+        parts += [f'### {DATA[data]}', f'{len(own)} claims: {sentence}.', '\n'.join(table)]
     return '\n\n'.join(parts)
 
 def claims_counts(
@@ -214,9 +215,9 @@ def claims_counts(
 ) -> str: # Markdown
     "How many claims hold on each kind of data."
     rows = []
-    for data, title in DATA.items():
-        counts = decided[decided.data == data].verdict.value_counts()
-        rows.append((title.partition(':')[0], {name: str(counts.get(name, 0)) for name in VERDICTS}))
+    for data, own in decided.groupby('data', sort=False):
+        counts = own.verdict.value_counts()
+        rows.append((DATA[data].partition(':')[0], {name: str(counts.get(name, 0)) for name in VERDICTS}))
     verdicts = decided[decided.verdict.isin(['for', 'against'])]
     single = f'Decided by one seed alone: {(verdicts.seeds == 1).sum()} of {len(verdicts)}.'
     return '\n'.join([*markdown_table(VERDICTS, rows), '', single])
