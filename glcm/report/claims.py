@@ -27,6 +27,8 @@ class Found(NamedTuple):
     high: float
     clips: int
     seeds: int
+    lowest: float = math.nan # of any seed, where differences are compared
+    highest: float = math.nan
 
 def _selected(
     path: Path, # a csv file
@@ -93,7 +95,8 @@ def find_number(
     if row is None:
         return None
     value = row['difference'] if 'difference' in row else row['value']
-    return Found(value, row['low'], row['high'], int(row['clips']), int(row['seeds']))
+    of_seeds = {name: row[name] for name in ('lowest', 'highest') if name in row}
+    return Found(value, row['low'], row['high'], int(row['clips']), int(row['seeds']), **of_seeds)
 
 # %% ../../nbs/51a_report.claims.ipynb #007
 KINDS = ('more', 'less', 'above', 'same')
@@ -106,9 +109,10 @@ def verdict(
     "What a number says about a claim; raises `InputError` for another kind."
     if kind not in KINDS:
         raise InputError(f"a claim is one of {', '.join(KINDS)}, not {kind!r}")
-    low, high = found.low, found.high
-    if math.isnan(low) or math.isnan(high):
+    if math.isnan(found.low) or math.isnan(found.high):
         return 'cannot be told'
+    seeds = [seed for seed in (found.lowest, found.highest) if not math.isnan(seed)]
+    low, high = min([found.low, *seeds]), max([found.high, *seeds])
     if kind == 'less':
         low, high = -high, -low
     if kind == 'above':
@@ -165,6 +169,8 @@ def found_text(
     form = '.1f' if row.kind == 'above' else '+.1f'
     value, low, high = (format(100*number, form) for number in (row.value, row.low, row.high))
     interval = 'too few groups' if math.isnan(row.low) else f'{low} to {high}'
+    if row.lowest < 0 < row.highest:
+        interval += f'; seeds from {100*row.lowest:+.1f} to {100*row.highest:+.1f}'
     margin = 100*float(row.margin or 0)
     unit = ' points'
     if row.kind == 'above':

@@ -226,7 +226,7 @@ def measured_scores(
 # %% ../../nbs/51_report.tables.ipynb #023
 PAIR_COLUMNS = ['variant', 'setting', 'against', 'against_setting', 'labels'] # what is compared
 DIFFERENCE_COLUMNS = [
-    *PAIR_COLUMNS, 'task', 'metric', 'difference', 'low', 'high', 'clips', 'groups', 'seeds']
+    *PAIR_COLUMNS, 'task', 'metric', 'difference', 'low', 'high', 'clips', 'groups', 'seeds', 'lowest', 'highest']
 
 def _common_seeds(
     *tables: pd.DataFrame, # with a column seed
@@ -358,14 +358,18 @@ def metric_text(
 
 # %% ../../nbs/51_report.tables.ipynb #032
 def difference_text(
-    row: pd.Series, # difference, low and high, as fractions
+    row: pd.Series, # difference, low, high, lowest and highest, as fractions
 ) -> str: # in percentage points
-    "A paired difference with its interval, in bold where zero is outside."
+    "A paired difference with its interval, in bold where zero is outside and all seeds are on one side."
     value = f'{100*row.difference:+.1f}'
     if math.isnan(row.low):
         return f'{value} ({TOO_FEW_GROUPS})'
-    text = f'{value} ({100*row.low:+.1f} to {100*row.high:+.1f})'
-    return f'**{text}**' if row.low > 0 or row.high < 0 else text
+    seeds = ''
+    if row.lowest < 0 < row.highest:
+        seeds = f'; seeds from {100*row.lowest:+.1f} to {100*row.highest:+.1f}'
+    text = f'{value} ({100*row.low:+.1f} to {100*row.high:+.1f}{seeds})'
+    above, below = min(row.low, row.lowest) > 0, max(row.high, row.highest) < 0
+    return f'**{text}**' if above or below else text
 
 # %% ../../nbs/51_report.tables.ipynb #034
 def row_name(

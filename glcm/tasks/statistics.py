@@ -155,10 +155,10 @@ def _check_same_labels(
                 f"with one variant and {their_values[differs].iloc[0]!r} with the other")
 
 # %% ../../nbs/40a_tasks.statistics.ipynb #025
-def _mean_over_seeds(
+def _scores_of_seeds(
     table: pd.DataFrame, # a row per test clip and seed
-) -> Callable: # (n,) how often each row counts -> metric: value
-    "The function that computes a table's metrics, averaged over the seeds."
+) -> Callable: # (n,) how often each row counts -> names of the metrics, their values (seeds, metrics)
+    "The function that computes a table's metrics, of each seed by itself."
     seed = table['seed'].to_numpy() if 'seed' in table else np.zeros(len(table))
     parts = []
     for name in pd.unique(seed):
@@ -168,34 +168,48 @@ def _mean_over_seeds(
 
     def score(counts):
         scores = [score_seed(contributions, counts[rows]) for rows, contributions, score_seed in parts]
-        values = [list(seed_scores.values()) for seed_scores in scores] # (seeds, metrics)
-        return dict(zip(scores[0], np.mean(values, axis=0)))
+        values = [list(seed_scores.values()) for seed_scores in scores]
+        return list(scores[0]), np.array(values)
     return score
+
+def _mean_over_seeds(
+    table: pd.DataFrame, # a row per test clip and seed
+) -> Callable: # (n,) how often each row counts -> metric: value
+    "The function that computes a table's metrics, averaged over the seeds."
+    score = _scores_of_seeds(table)
+    def mean(counts):
+        names, values = score(counts)
+        return dict(zip(names, values.mean(0)))
+    return mean
 
 # %% ../../nbs/40a_tasks.statistics.ipynb #026
 def paired_difference(
     ours: pd.DataFrame, # a row per test clip (and seed, split): as for `task_scores`
     theirs: pd.DataFrame, # of another variant, on the same clips with the same seeds
     samples: int = 2000, # of the bootstrap
-) -> pd.DataFrame: # metric (index), difference (ours - theirs), low, high, clips, groups, seeds
+) -> pd.DataFrame: # metric (index), difference (ours - theirs), low, high, clips, groups, seeds, lowest, highest
     "How much one variant is better than another; raises `InputError` where clips or seeds are not the same."
     ours = _indexed_by_row(ours)
     theirs = _indexed_by_row(theirs)
     _check_same_rows(ours, theirs)
     _check_same_labels(ours, theirs)
-    score_ours = _mean_over_seeds(ours)
-    score_theirs = _mean_over_seeds(theirs)
+    score_ours, score_theirs = _scores_of_seeds(ours), _scores_of_seeds(theirs)
 
-    def difference(counts):
-        our_scores = score_ours(counts)
-        their_scores = score_theirs(counts)
-        return {metric: our_scores[metric] - their_scores[metric] for metric in our_scores}
+    def of_seeds(counts):
+        names, values = score_ours(counts)
+        return names, values - score_theirs(counts)[1] # (seeds, metrics)
 
-    table = with_intervals(difference, group_numbers(ours), samples)
+    def mean(counts):
+        names, values = of_seeds(counts)
+        return dict(zip(names, values.mean(0)))
+
+    table = with_intervals(mean, group_numbers(ours), samples)
     table = table.rename(columns=dict(value='difference'))
     table['clips'] = ours['clip'].nunique()
     table['seeds'] = ours['seed'].nunique() if 'seed' in ours else 1
-    return table[['difference', 'low', 'high', 'clips', 'groups', 'seeds']]
+    _, values = of_seeds(np.ones(len(ours), int))
+    table['lowest'], table['highest'] = values.min(0), values.max(0)
+    return table[['difference', 'low', 'high', 'clips', 'groups', 'seeds', 'lowest', 'highest']]
 
 # %% ../../nbs/40a_tasks.statistics.ipynb #026c
 def seed_scores(
