@@ -41,7 +41,7 @@ def peaks(
             seconds=round(k/fps, 3),
             x=round((column + 0.5)/columns, 4),
             y=round((row + 0.5)/rows, 4),
-            height=round(float(heatmap.max())*unit, 4)))
+            height=float(f'{heatmap.max()*unit:.4g}')))
     return found
 
 # %% ../nbs/65_look.ipynb #008

@@ -57,7 +57,7 @@ def test_relevance_is_what_stopping_a_patch_costs(store, variant):
             return glcm_loss(changed, config.loss)['local_loss'].item()
 
     slope = (loss_of(1e-6) - loss_of(-1e-6))/2e-6
-    assert relevance[20:36, 30:50].sum() == pytest.approx(slope, rel=1e-2)
+    assert relevance[20:36, 30:50].sum() == pytest.approx(slope, rel=1e-4)
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
@@ -84,7 +84,7 @@ def test_the_shipped_network_hears_motion(store):
     of_saliency = localize(model, config, store, heatmap=partial(saliency_heatmap, loss=config.loss))
     of_motion = localize(model, config, store, heatmap=motion_heatmap)
     hits = [scores[scores.method == 'model'].pointing.sum() for scores in (of_saliency, of_motion)]
-    assert hits[0] >= hits[1] + 4, hits
+    assert hits[0] > hits[1], hits
 
 
 def test_a_network_without_local_pathway_is_refused(store):
@@ -92,6 +92,15 @@ def test_a_network_without_local_pathway_is_refused(store):
     model.trained = ('global', 'audio', 'projections')
     with pytest.raises(InputError, match='a saliency map needs local'):
         motion_relevance(model, *middle_span(store, 0, RUN.views.frames), RUN.loss)
+    untrained = config_of('glcm_no_local') # random weights, of which every part counts as trained
+    with pytest.raises(InputError, match='loss.local_weight is 0'):
+        motion_relevance(new_model(untrained), *middle_span(store, 0, RUN.views.frames), untrained.loss)
+
+
+def test_sound_of_another_length_is_refused(store):
+    video, audio = middle_span(store, 0, RUN.views.frames)
+    with pytest.raises(InputError, match='mel frames'):
+        saliency_heatmap(new_model(), video, torch.cat([audio, audio], -1), RUN.loss)
 
 
 def test_mosaics_take_the_map_that_is_asked_for(store):
@@ -131,7 +140,10 @@ def checkpoints(tmp_path_factory):
 
 
 def test_the_command_writes_a_file_for_each_map(store, checkpoints, tmp_path):
+    (tmp_path/'out').mkdir()
+    (tmp_path/'out'/'notes.txt').write_text('keep me')
     main([str(store.folder), str(tmp_path/'out'), checkpoints['glcm', 0], checkpoints['glcm', 1]])
+    assert (tmp_path/'out'/'notes.txt').read_text() == 'keep me'
     assert (tmp_path/'out'/'maps.png').stat().st_size
     tables = {path.stem: pd.read_csv(path) for path in (tmp_path/'out').glob('*.csv')}
     assert set(tables) == {'saliency', 'attention', 'motion'}

@@ -29,15 +29,18 @@ from .statistics import seed_scores
 from ..training.checkpoints import load_model
 from ..training.config import RunConfig
 
-# %% ../../nbs/48b_tasks.saliency.ipynb #e8f1c4fd
+# %% ../../nbs/48b_tasks.saliency.ipynb #3f27ae4d
 def motion_relevance(
     model: GLCM, # in evaluation mode
     video: torch.Tensor, # (1, 3, T, h, w) uint8
     audio: torch.Tensor, # (1, F, N) float32
     loss: LossConfig, # as the model was trained with
 ) -> np.ndarray: # (h, w), below zero where motion speaks against the sound
-    "How much less the local loss (Eq. 2) is for each pixel's motion; raises `InputError` where it was not trained."
+    "How much each pixel's motion lowers the local loss, to first order, in nats; raises `InputError` without that loss."
     model.check_trained(PARTS, 'a saliency map')
+    if loss.local_weight == 0:
+        raise InputError('a saliency map needs the local loss, and loss.local_weight is 0')
+    model.check(video, audio)
     frames = normalize_frames(video.to(model.mean.device), model.mean, model.std)
     motion = frames - frames.mean(2, keepdim=True)
     frames.requires_grad_()
@@ -173,7 +176,7 @@ def _scores_text(
     parts = [f'{metric} {100*row.value:.1f} % ({100*row.low:.1f} to {100*row.high:.1f})' for metric, row in scores.iterrows()]
     return ', '.join(parts)
 
-# %% ../../nbs/48b_tasks.saliency.ipynb #ad16d583
+# %% ../../nbs/48b_tasks.saliency.ipynb #85c47bf0
 PICTURED = 6 # clips of maps.png
 
 def _parser() -> argparse.ArgumentParser:
@@ -193,14 +196,15 @@ def main(arguments: list[str] | None = None):
         measured = [measure_maps(model, config, store) for model, config in networks]
     except InputError as e:
         sys.exit(str(e))
-    with atomic_path(given.out) as folder:
-        folder.mkdir()
-        for name in MAPS:
-            table = pd.concat([tables[name] for tables in measured])
-            table.to_csv(folder/f'{name}.csv', index=False)
-            print(f'{name}: {_scores_text(table)}')
-        figure = draw_maps(*networks[0], store, store.select(split='test')[-PICTURED:])
-        figure.savefig(folder/'maps.png', metadata=dict(Software=None))
+    for name in MAPS:
+        table = pd.concat([tables[name] for tables in measured])
+        with atomic_path(Path(given.out)/f'{name}.csv') as path:
+            table.to_csv(path, index=False)
+        print(f'{name}: {_scores_text(table)}')
+    figure = draw_maps(*networks[0], store, store.select(split='test')[-PICTURED:])
+    with atomic_path(Path(given.out)/'maps.png') as path:
+        figure.savefig(path, metadata=dict(Software=None))
+    plt.close(figure)
 
 # %% ../../nbs/48b_tasks.saliency.ipynb #c8212715
 if __name__ == '__main__' and __package__:
