@@ -173,10 +173,9 @@ def _scores_of_seeds(
     return score
 
 def _mean_over_seeds(
-    table: pd.DataFrame, # a row per test clip and seed
+    score: Callable, # as from `_scores_of_seeds`
 ) -> Callable: # (n,) how often each row counts -> metric: value
-    "The function that computes a table's metrics, averaged over the seeds."
-    score = _scores_of_seeds(table)
+    "The function that averages the metrics over the seeds."
     def mean(counts):
         names, values = score(counts)
         return dict(zip(names, values.mean(0)))
@@ -199,11 +198,7 @@ def paired_difference(
         names, values = score_ours(counts)
         return names, values - score_theirs(counts)[1] # (seeds, metrics)
 
-    def mean(counts):
-        names, values = of_seeds(counts)
-        return dict(zip(names, values.mean(0)))
-
-    table = with_intervals(mean, group_numbers(ours), samples)
+    table = with_intervals(_mean_over_seeds(of_seeds), group_numbers(ours), samples)
     table = table.rename(columns=dict(value='difference'))
     table['clips'] = ours['clip'].nunique()
     table['seeds'] = ours['seed'].nunique() if 'seed' in ours else 1
@@ -217,7 +212,7 @@ def seed_scores(
     samples: int = 2000, # of the bootstrap
 ) -> pd.DataFrame: # metric (index), value, low, high, clips, groups, seeds
     "The metrics of a variant, averaged over its seeds, with their intervals over groups of clips."
-    scores = with_intervals(_mean_over_seeds(table), group_numbers(table), samples)
+    scores = with_intervals(_mean_over_seeds(_scores_of_seeds(table)), group_numbers(table), samples)
     scores['clips'] = table['clip'].nunique()
     scores['seeds'] = table['seed'].nunique() if 'seed' in table else 1
     return scores[['value', 'low', 'high', 'clips', 'groups', 'seeds']]
