@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['COUNTS', 'ALONE', 'global_bags', 'local_bags', 'dense_mil_nce', 'Block', 'anchor_blocks', 'own_scores',
            'block_scores', 'bag_log_sums', 'streamed_log_sums', 'negative_gradient', 'score_gradient', 'StreamedMILNCE',
-           'default_block', 'streamed_mil_nce', 'mil_nce_global', 'mil_nce_local', 'silence_loss', 'LossConfig']
+           'positives_count', 'score_precision', 'default_block', 'streamed_mil_nce', 'mil_nce_global', 'mil_nce_local',
+           'mil_nce_clip', 'silence_loss', 'LossConfig']
 
 # %% ../nbs/03_losses.ipynb #002
 import math
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Literal, NamedTuple
 
 import torch
@@ -193,6 +195,24 @@ class StreamedMILNCE(torch.autograd.Function):
 COUNTS = {'once': 1, 'twice': 2}
 ALONE = Ranks()
 
+def positives_count(
+    temperature: float, # divides every score, > 0
+    count_positives: str, # once or twice in the denominator
+) -> int: # how often they are counted
+    "How often positives stand in the denominator; raises `InputError` for impossible values."
+    if not temperature > 0:
+        raise InputError(f'loss temperature {temperature} should be above zero')
+    if count_positives not in COUNTS:
+        raise InputError(f"count_positives should be 'once' or 'twice', not {count_positives!r}")
+    return COUNTS[count_positives]
+
+def score_precision(
+    anchors: torch.Tensor,
+    bags: torch.Tensor,
+) -> torch.dtype:
+    "The more precise one of two tensors' types, float32 at least."
+    return torch.promote_types(torch.promote_types(anchors.dtype, bags.dtype), torch.float32)
+
 def default_block(
     candidates: int, # of one anchor
     device: torch.device, # where the scores are
@@ -211,18 +231,15 @@ def streamed_mil_nce(
     ranks: Ranks, # processes whose clips are the negatives
 ) -> torch.Tensor: # scalar, at least float32
     "MIL-NCE a block at a time; raises `InputError` for impossible values."
-    if not temperature > 0:
-        raise InputError(f'loss temperature {temperature} should be above zero')
-    if count_positives not in COUNTS:
-        raise InputError(f"count_positives should be 'once' or 'twice', not {count_positives!r}")
+    count = positives_count(temperature, count_positives)
     if block is not None and block < 1:
         raise InputError(f'a block of {block} anchors should be 1 or more')
-    precision = torch.promote_types(torch.promote_types(anchors.dtype, bags.dtype), torch.float32)
+    precision = score_precision(anchors, bags)
     block = block or default_block(bags.shape[:2].numel(), anchors.device)
     with torch.autocast(anchors.device.type, enabled=False):
         anchors = (anchors.to(precision)/temperature).contiguous()
         bags = bags.to(precision).contiguous()
-        return StreamedMILNCE.apply(anchors, bags, block, COUNTS[count_positives], ranks)
+        return StreamedMILNCE.apply(anchors, bags, block, count, ranks)
 
 # %% ../nbs/03_losses.ipynb #012
 def mil_nce_global(
@@ -247,6 +264,22 @@ def mil_nce_local(
     "Local MIL-NCE (Eq. 2): a visual step with its audio slices; raises `InputError` for bad shapes."
     anchors, bags = local_bags(z_a, z_v)
     return streamed_mil_nce(anchors, bags, temperature, count_positives, block, ranks)
+
+# %% ../nbs/03_losses.ipynb #7798b5bd
+def mil_nce_clip(
+    z_a: torch.Tensor, # (B, D, T*M) local audio embeddings, M slices per visual step
+    z_v: torch.Tensor, # (B, D, T) local visual embeddings
+    temperature: float = 0.07, # divides the scores, > 0; 1 for raw dot products
+    count_positives: Literal['once', 'twice'] = 'once', # how often the positives stand in the denominator
+) -> torch.Tensor: # scalar, mean over clips and steps, at least float32
+    "Local MIL-NCE with the other steps of the same clip as the only negatives; raises `InputError` for bad shapes."
+    count = positives_count(temperature, count_positives)
+    anchors, bags = local_bags(z_a, z_v)
+    precision = score_precision(anchors, bags)
+    with torch.autocast(anchors.device.type, enabled=False):
+        anchors = anchors.to(precision).unflatten(0, (len(z_v), -1))/temperature # (B, T, D)
+        bags = bags.to(precision).unflatten(1, (len(z_v), -1)).transpose(0, 1) # (B, M, T, D)
+        return torch.vmap(partial(dense_mil_nce, count=count))(anchors, bags).mean()
 
 # %% ../nbs/03_losses.ipynb #021b
 def silence_loss(
@@ -274,5 +307,7 @@ class LossConfig:
     normalize: StrictBool # as model.normalize: embeddings, and averages of them, have length one
     block: Count # anchors of the local loss in memory at once; 0: a few MB of them
     negatives: Literal['batch', 'world'] # clips compared with: those of this process, or of all of them
+    # of a visual step: all other steps, or those of its own clip alone, which are not in the paper
+    local_negatives: Literal['all', 'clip'] = 'all'
     # weight of silence and noise as further negatives; not in the paper
     silence: Annotated[StrictFloat, Field(ge=0, le=1000)] = 0.0

@@ -20,7 +20,7 @@ from .attention import attention_map, attention_pool, mean_pool
 from .core import InputError, Temperature, configuration
 from .distributed import Ranks
 from .encoders import SPATIAL_STAGES, audio_resnet18, stage_strides, video_resnet18
-from .losses import ALONE, LossConfig, mil_nce_global, mil_nce_local
+from .losses import ALONE, LossConfig, mil_nce_clip, mil_nce_global, mil_nce_local
 
 # %% ../nbs/04_model.ipynb #005
 Size = Annotated[StrictInt, Field(ge=1, le=65_536)]
@@ -316,6 +316,9 @@ def glcm_loss(
     slices, steps = embeddings.audio_local, embeddings.video_local
     if not config.mil:
         slices = mean_slices(slices, steps.shape[2], config.normalize)
-    local_loss = mil_nce_local(slices, steps, block=config.block or None, **shared)
+    if config.local_negatives == 'clip':
+        local_loss = mil_nce_clip(slices, steps, config.temperature, config.count_positives)
+    else:
+        local_loss = mil_nce_local(slices, steps, block=config.block or None, **shared)
     loss = global_loss + config.local_weight*local_loss
     return dict(loss=loss, global_loss=global_loss, local_loss=local_loss)

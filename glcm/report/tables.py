@@ -278,6 +278,7 @@ VARIANT_NAMES = dict(
     glcm_mean_pool='GLCM, mean pooling',
     glcm_silence='GLCM with silence and noise as negatives',
     glcm_motion='GLCM, motion in the local view',
+    glcm_motion_clip='GLCM, motion, and negatives of the clip alone',
     glcm_15k='GLCM on K-AV-15K',
     glcm_15k_no_mil='GLCM without MIL on K-AV-15K',
     glcm_kinetics='GLCM on Kinetics alone',
