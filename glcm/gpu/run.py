@@ -159,7 +159,7 @@ REPORT = '''# {card}
 
 ## A step
 
-Random clips; each row adds a measure to the row before.
+Random clips. Each row has the measure that it names and those before it, in this order: {measures}.
 
 {timings}
 
@@ -182,6 +182,7 @@ def write_report(folder: Path):
         card=card(),
         torch=f'PyTorch {torch.__version__}',
         checks=to_markdown(outcomes(results_in(folder, 'check ') + failed)),
+        measures=', '.join(MEASURES),
         timings=to_markdown(timings(folder)),
         limits=to_markdown(against_limits(folder)),
         runs=to_markdown(outcomes(results_in(folder, 'study '))))
