@@ -9,7 +9,7 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from glcm.core import InputError
-from glcm.losses import COUNTS, dense_mil_nce, global_bags, local_bags, mil_nce_global, mil_nce_local
+from glcm.losses import COUNTS, dense_mil_nce, global_bags, local_bags, mil_nce_clip, mil_nce_global, mil_nce_local
 
 
 def looped_mil_nce(scores, own, count):
@@ -107,6 +107,30 @@ def test_local_equals_loops(B, D, T, M, temperature, count):
         assert float(value) == pytest.approx(expected, abs=1e-12, rel=1e-12)
     found = mil_nce_local(z_a, z_v, temperature, count)
     assert float(found) == pytest.approx(expected, abs=1e-6, rel=1e-5)
+
+
+@pytest.mark.parametrize('count', COUNTS)
+@pytest.mark.parametrize('temperature', [1., 0.07])
+@pytest.mark.parametrize('B, D, T, M', [(3, 4, 3, 2), (2, 3, 4, 1), (1, 5, 3, 3), (2, 5, 1, 3)])
+def test_negatives_of_the_clip_alone_equal_loops(B, D, T, M, temperature, count):
+    "The mean over clips of Eq. 2 with one loop per index, each clip by itself."
+    z_a, z_v = embeddings(B, D, T*M, dtype=torch.float64), embeddings(B, D, T, seed=1, dtype=torch.float64)
+    expected = sum(looped_local(z_a[b:b + 1], z_v[b:b + 1], temperature, count) for b in range(B))/B
+    assert mil_nce_clip(z_a, z_v, temperature, count).item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize('count', COUNTS)
+def test_gradcheck_with_negatives_of_the_clip_alone(count):
+    z_a, z_v = leaf(2, 3, 6, dtype=torch.float64), leaf(2, 3, 3, seed=1, dtype=torch.float64)
+    assert gradcheck(lambda a, v: mil_nce_clip(a, v, 0.5, count), (z_a, z_v))
+
+
+def test_who_it_is_does_not_lower_the_loss_of_the_clip_alone():
+    "Embeddings that differ between clips and not in time: all steps of a clip are equally likely."
+    who = 10*torch.eye(8)[..., None]
+    z_a, z_v = who.expand(8, 8, 12), who.expand(8, 8, 4)
+    assert mil_nce_clip(z_a, z_v).item() == pytest.approx(math.log(2*4 - 1), rel=1e-5)
+    assert mil_nce_local(z_a, z_v).item() == pytest.approx(math.log(2*4 - 1), rel=1e-5) # of 32 steps the other clips' are excluded
 
 
 def test_one_positive_is_infonce():
@@ -257,6 +281,14 @@ def test_half_precision_is_computed_in_float32(dtype):
     assert torch.equal(z_a.grad, reference.grad.to(dtype))
 
 
+def test_half_precision_is_computed_in_float32_with_negatives_of_the_clip_alone():
+    z_a, z_v = embeddings(4, 8, 12).bfloat16(), embeddings(4, 8, 4, seed=1).bfloat16()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        found = mil_nce_clip(z_a, z_v)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, mil_nce_clip(z_a.float(), z_v.float()))
+
+
 def test_nan_stays_visible():
     z_a = embeddings(4, 8)
     z_v = embeddings(4, 8, 2, 2, seed=1)
@@ -274,7 +306,9 @@ def test_nan_stays_visible():
     (mil_nce_local, (4, 8, 12), (3, 8, 4)),
     (mil_nce_local, (4, 8), (4, 8, 4)),
     (mil_nce_local, (4, 8, 2), (4, 8, 4)),
-    (mil_nce_local, (4, 8, 0), (4, 8, 4))])
+    (mil_nce_local, (4, 8, 0), (4, 8, 4)),
+    (mil_nce_clip, (4, 8, 13), (4, 8, 4)),
+    (mil_nce_clip, (4, 8, 12), (3, 8, 4))])
 def test_shapes_that_do_not_fit(loss, a, v):
     with pytest.raises(InputError, match=re.escape(f'not {a} and {v}')):
         loss(torch.zeros(a), torch.zeros(v))

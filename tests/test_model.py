@@ -111,6 +111,17 @@ def test_loss_is_the_weighted_sum():
     torch.testing.assert_close(losses['loss'], losses['global_loss'] + 0.3*losses['local_loss'])
 
 
+def test_negatives_of_the_clip_alone_leave_the_other_clips_out():
+    "The local loss of a batch is the mean over its clips, each by itself; the global loss is as ever."
+    z = build().eval()(*clips())
+    apart = replace(LOSS, local_negatives='clip')
+    found, expected = glcm_loss(z, apart), glcm_loss(z, LOSS)
+    alone = [type(z)(*[x if x is None else x[i:i + 1] for x in z]) for i in range(len(z.audio_global))]
+    by_clip = [glcm_loss(one, LOSS)['local_loss'] for one in alone]
+    torch.testing.assert_close(found['local_loss'], torch.stack(by_clip).mean())
+    assert found['local_loss'] < expected['local_loss'] and found['global_loss'] == expected['global_loss']
+
+
 def test_glcm_trains_everything():
     model = build()
     losses = glcm_loss(model(*clips()), LOSS)

@@ -35,7 +35,7 @@ def store(tmp_path_factory):
     return ClipStore(tiny_clips(tmp_path_factory.mktemp('clips'), 'vggss', held_out=12))
 
 
-@pytest.mark.parametrize('variant', ['glcm', 'glcm_no_mil', 'glcm_motion'])
+@pytest.mark.parametrize('variant', ['glcm', 'glcm_no_mil', 'glcm_motion', 'glcm_motion_clip'])
 def test_relevance_is_what_stopping_a_patch_costs(store, variant):
     config = config_of(variant)
     model = new_model(config).double()

@@ -29,14 +29,14 @@ def plot_loss(
     window: int, # of the running mean, training steps
 ):
     "One part of the loss against the training step, for the runs that have it."
-    for colour, (name, table) in zip(sns.color_palette(n_colors=len(histories)), histories.items()):
+    palette = sns.color_palette('husl' if len(histories) > 10 else None, len(histories))
+    for colour, (name, table) in zip(palette, histories.items()):
         if column not in table:
             continue
         ax.plot(table.step, table[column], lw=0.5, alpha=0.35, color=colour)
         mean = table[column].rolling(window, min_periods=1).mean()
         ax.plot(table.step, mean, lw=1.8, color=colour, label=name)
     ax.set(title=LOSSES.get(column, column.replace('_', ' ')), xlabel='training step', ylabel='loss')
-    ax.legend(frameon=False)
     sns.despine(ax=ax)
 
 # %% ../../nbs/50_report.figures.ipynb #b2903877
@@ -49,12 +49,16 @@ def plot_losses(
     for table in histories.values():
         columns += [name for name in table if name.endswith('_loss') and name not in columns]
     rows = -(-len(columns)//2)
-    fig, axes = plt.subplots(rows, 2, figsize=(9, 3*rows), sharex=True, squeeze=False)
+    fig, axes = plt.subplots(rows, 2, figsize=(10, 3*rows), sharex=True, squeeze=False, layout='constrained')
     for ax, column in zip(axes.flat, columns):
         plot_loss(ax, histories, column, window)
     for ax in axes.flat[len(columns):]:
         ax.set_axis_off()
-    fig.tight_layout()
+    lines = {}
+    for ax in axes.flat:
+        handles, names = ax.get_legend_handles_labels()
+        lines |= dict(zip(names, handles))
+    fig.legend(lines.values(), lines, loc='outside right upper', frameon=False)
     return fig
 
 # %% ../../nbs/50_report.figures.ipynb #008
