@@ -98,9 +98,9 @@ def test_shrinking_averages_over_fine_patterns():
         assert np.abs(crop.astype(int) - 127).max() < 40
 
 
-@pytest.mark.parametrize('size, seen', [(112, None), (128, 112), (64, 56)])
+@pytest.mark.parametrize('size, seen, widths', [(112, None, 3), (128, 112, 3), (64, 56, 3), (64, 56, 1.5)])
 @pytest.mark.parametrize('degrees', [0, 25, 180])
-def test_lips_lie_in_the_middle_and_fill_a_third_of_what_is_seen(degrees, size, seen):
+def test_lips_lie_in_the_middle_and_fill_their_part_of_what_is_seen(degrees, size, seen, widths):
     "White dots at the corners of the mouth, measured in the crop."
     placed = np.stack([moved(MEAN_FACE, turned(degrees, 120, (200, 200)))]*3)
     y, x = np.indices((400, 400))
@@ -108,14 +108,14 @@ def test_lips_lie_in_the_middle_and_fill_a_third_of_what_is_seen(degrees, size, 
     for dot_x, dot_y in placed[0, LIP_CORNERS]:
         frame += 255*np.exp(-((x - dot_x)**2 + (y - dot_y)**2)/8)
     frames = np.broadcast_to(frame[None, :, :, None], (3, 400, 400, 3)).astype(np.uint8)
-    crops = align_crop(frames, placed, 'lips', size, seen=seen)
+    crops = align_crop(frames, placed, 'lips', size, seen=seen, widths=widths)
     assert crops.shape == (3, size, size, 3) and crops.dtype == np.uint8
     weight, places = crops[0, :, :, 0].astype(float), np.arange(size)
     left = np.average(places[:size//2], weights=weight[:, :size//2].sum(0))
     right = np.average(places[size//2:], weights=weight[:, size//2:].sum(0))
     height = np.average(places, weights=weight.sum(1))
     middle = (size - 1)/2
-    np.testing.assert_allclose([right - left, (left + right)/2, height], [(seen or size)/3, middle, middle], atol=0.3)
+    np.testing.assert_allclose([right - left, (left + right)/2, height], [(seen or size)/widths, middle, middle], atol=0.3)
 
 
 def test_a_face_with_its_margin_fills_what_is_seen():
@@ -217,19 +217,20 @@ def test_lips_of_real_faces_fill_a_third_of_the_crop(clips):
 
 
 @real
-def test_stored_lips_fill_a_third_of_what_the_network_sees():
-    "The whole way from a file to what is stored: its middle is the crop of that size, in which lips fill a third."
+@pytest.mark.parametrize('widths', [3.0, 1.5])
+def test_stored_lips_fill_their_part_of_what_the_network_sees(widths):
+    "The whole way from a file to what is stored: its middle is the crop of that size, in which lips fill their part."
     path = sorted((GRID/'video').glob('*.mp4'))[40]
-    settings = Settings(ClipConfig(25, 128, 0.1, crop='lips'), AudioConfig(24000, 80, 1024, 240),
+    settings = Settings(ClipConfig(25, 128, 0.1, crop='lips', lip_widths=widths), AudioConfig(24000, 80, 1024, 240),
                         StoreConfig('raw', 22, 16), min_frames=16, sound_only=False, seen=112)
     members, entries = encode_clip(path, settings)
     planes = np.frombuffer(b''.join(members['i420']), np.uint8).reshape(entries['steps'], 192, 128)
     stored = planes[:, 8:120, 8:120].astype(float)
     recording = read_recording(path, 25, 288, 24000)
     points = landmarks(recording.frames, recording.waveform, 24000, 25)
-    _, widths = lip_corners(moved(points, crop_matrices(points, 'lips', 112, 0)))
-    assert abs(np.median(widths)/112 - 1/3) < 1e-3
-    expected = from_rgb(align_crop(recording.frames, points, 'lips', 112))[:entries['steps'], :112]
+    _, across = lip_corners(moved(points, crop_matrices(points, 'lips', 112, 0, widths=widths)))
+    assert abs(np.median(across)/112 - 1/widths) < 1e-3
+    expected = from_rgb(align_crop(recording.frames, points, 'lips', 112, widths=widths))[:entries['steps'], :112]
     assert np.abs(stored - expected).mean() < 1.5
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import Field, StrictBool, StrictInt
+from pydantic import Field, StrictBool, StrictFloat, StrictInt
 
 from ..core import FolderName, InputError, Name, Probability, Side, configuration
 from .audio import AudioConfig, log_mel
 from .damage import Rejection
-from .faces import face_track_crops, landmarks
+from .faces import LIP_WIDTHS, face_track_crops, landmarks
 from .planes import from_rgb
 from .shards import StoreConfig, pack_clip
 from .video import Recording, read_recording
@@ -33,6 +33,8 @@ class ClipConfig:
     path: FolderName | None = None # its folder inside of data/
     reader: Name | None = None # which layout its folder has; default: the one called like the dataset
     crop: Crop = 'none'        # what is kept of the frames; crops need glcm[faces]
+    # widths of the lips across what the network sees of a crop of them; fewer show less of the face, and finer
+    lip_widths: Annotated[StrictFloat, Field(ge=1, le=10)] = LIP_WIDTHS
     also: Crop = 'none'        # crops that are kept as well, in a folder of that name inside of the dataset's
     # boxes to add for localization: around the lips of the face that speaks; needs glcm[faces]
     boxes: Literal['none', 'lips'] = 'none'
@@ -126,7 +128,8 @@ def _crops(
     "Lips or face cut out of the pictures; raises `Rejection` where no face is found."
     clip, rate = settings.clip, settings.audio.sample_rate
     frames = Recording(planes, None).frames
-    crops = face_track_crops(frames, clip.crop, clip.short_side, waveform, rate, clip.fps, seen=settings.seen)
+    crops = face_track_crops(frames, clip.crop, clip.short_side, waveform, rate, clip.fps,
+                             seen=settings.seen, widths=clip.lip_widths)
     return from_rgb(crops)
 
 # %% ../../nbs/21a_data.clip.ipynb #014
