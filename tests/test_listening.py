@@ -314,7 +314,7 @@ def test_quarters_are_the_clips_as_they_are_cropped(store):
     box = [0.4, 0.4, 0.6, 0.6]
     talkers = with_clips(store, lambda k, row: dict(split='test', group=f's{k}', boxes=[box]))
     crop = RUN.views.crop
-    video, sounds, boxes = mosaic(talkers, [3, 1, 4, 6], RUN, generator('crops', 5))
+    video, sounds, boxes = mosaic(talkers, [3, 1, 4, 6], RUN.views, generator('crops', 5))
     assert video.shape == (1, 3, FRAMES, 2*crop, 2*crop)
     assert len(sounds) == len(boxes) == 4
     start = (talkers.clips[4]['steps'] - FRAMES)//2

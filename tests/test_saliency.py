@@ -11,7 +11,7 @@ from glcm.data.shards import ClipStore
 from glcm.export import load
 from glcm.model import GLCM, glcm_loss, normalize_frames
 from glcm.tasks.localize import localize, middle_span
-from glcm.tasks.mosaic import choose_four, clips_by_speaker, measure_mosaics
+from glcm.tasks.mosaic import choose_four, clips_by_speaker, for_each_sound, measure_mosaics
 from glcm.tasks.saliency import main, motion_heatmap, motion_relevance, saliency_heatmap
 from glcm.testing import tiny_clips, tiny_params
 from glcm.training.checkpoints import save_checkpoint
@@ -115,7 +115,7 @@ def test_mosaics_take_the_map_that_is_asked_for(store):
         heatmap[-1, -1] = 1
         return heatmap
 
-    table = measure_mosaics(model, RUN, speakers, clips, {}, 2, 0, lower_right)
+    table = measure_mosaics(model, RUN.views, speakers, clips, {}, 2, 0, for_each_sound(lower_right))
     assert table.predicted.eq(3).all() and table.quarter.tolist() == 2*[False, False, False, True]
     assert seen == 8*[(2*RUN.views.crop,)*2]
 
@@ -125,7 +125,7 @@ def test_mouths_of_a_mosaic_may_be_among_the_others(store):
     everywhere = [[0, 0, 1, 1]]
     speakers.clips = [row | dict(group=f's{k % 5}', others=dict(mouth=everywhere)) for k, row in enumerate(store.clips)]
     clips = clips_by_speaker(speakers, 'test')
-    assert measure_mosaics(new_model(), RUN, speakers, clips, {}, 2, 0).fixed.all()
+    assert measure_mosaics(new_model(), RUN.views, speakers, clips, {}, 2, 0).fixed.all()
 
 
 @pytest.fixture(scope='module')

@@ -4,13 +4,16 @@
 
 # %% auto #0
 __all__ = ['MOSAIC_COLUMNS', 'clips_by_speaker', 'large_kinds', 'choose_four', 'moved_box', 'cropped_clip', 'mosaic',
-           'place_of_peak', 'on_mouth', 'fixed_point', 'measure_mosaic', 'measure_mosaics', 'read_kinds', 'main']
+           'place_of_peak', 'on_mouth', 'fixed_point', 'for_each_sound', 'measure_mosaic', 'measure_mosaics',
+           'read_kinds', 'main']
 
 # %% ../../nbs/49d_tasks.mosaic.ipynb #002
 import argparse
 import sys
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -19,10 +22,11 @@ import torch
 from ..core import InputError, atomic_path, generator, progress
 from ..data.shards import ClipStore
 from ..data.table import csv_rows
-from ..data.views import crop_planes, crop_start, prepare_inputs
+from ..data.views import ViewConfig, crop_planes, crop_start, prepare_inputs
 from ..model import GLCM
 from .localize import attention_heatmap
 from .saliency import MAPS, map_named
+from .sliding import window_heatmaps
 from ..training.checkpoints import load_model
 from ..training.config import RunConfig
 
@@ -87,14 +91,18 @@ def moved_box(
 def cropped_clip(
     store: ClipStore,
     i: int, # number of the clip
-    config: RunConfig, # of the model, for the size of a view
+    views: ViewConfig, # the size of a quarter, and how many frames
     rng: np.random.Generator,
 ) -> tuple: # planes (T, 3 crop/2, crop), mel (F, N), boxes of mouths in 0..1, perhaps outside of it
-    "The middle of a clip, cropped at a random place."
-    clip, frames, crop = store.clips[i], config.views.frames, config.views.crop
+    "The middle of a clip, cropped at a random place; raises `InputError` for a clip that is too short or too small."
+    clip, frames, crop = store.clips[i], views.frames, views.crop
+    if clip['steps'] < frames:
+        raise InputError(f"clip {clip['clip']} of {store.folder} has {clip['steps']} frames: a mosaic cannot have {frames}")
     start = (clip['steps'] - frames)//2
     planes = store.planes(i, start, start + frames)
     height, width = planes.shape[1]*2//3, planes.shape[2]
+    if min(height, width) < crop:
+        raise InputError(f"clip {clip['clip']} of {store.folder} is {width} x {height} pixels large: a quarter cannot have {crop}")
     top, left = crop_start(height, crop, rng), crop_start(width, crop, rng)
     mel = store.mel(i, start, start + frames)
     mouths = (clip.get('others') or {}).get('mouth') or clip['boxes'] or []
@@ -105,11 +113,11 @@ def cropped_clip(
 def mosaic(
     store: ClipStore,
     numbers: list, # of four clips
-    config: RunConfig, # of the model
+    views: ViewConfig, # the size of a quarter, and how many frames
     rng: np.random.Generator,
 ) -> tuple: # video (1, 3, T, 2 crop, 2 crop) uint8, sounds (4, F, N), boxes of each quarter
     "Four clips in one frame: the first two above, the others below."
-    planes, mels, boxes = zip(*[cropped_clip(store, i, config, rng) for i in numbers])
+    planes, mels, boxes = zip(*[cropped_clip(store, i, views, rng) for i in numbers])
     video, audio = prepare_inputs(torch.from_numpy(np.stack(planes)), torch.from_numpy(np.stack(mels)))
     first, second, third, fourth = video
     above = torch.cat([first, second], -1)
@@ -144,17 +152,25 @@ def fixed_point(
     return tuple(np.array(centres).mean(0)) if centres else (0.5, 0.5)
 
 # %% ../../nbs/49d_tasks.mosaic.ipynb #87fc05db
+def for_each_sound(
+    heatmap: Callable, # model, video (1, 3, T, h, w) and one sound (1, F, N) to the map (h, w)
+) -> Callable: # model, video and sounds (S, F, N) to the S maps
+    "Maps of several sounds, one after the other."
+    def heatmaps(model, video, sounds):
+        return [heatmap(model, video, sound) for sound in sounds.split(1)]
+    return heatmaps
+
 def measure_mosaic(
     model: GLCM, # in evaluation mode
     video: torch.Tensor, # (1, 3, T, h, w) uint8, as from `mosaic`
     sounds: torch.Tensor, # (4, F, N) of the quarters
     boxes: list, # of the mouths of each quarter
-    heatmap: Callable = attention_heatmap, # model, video and audio to the map (h, w)
+    heatmaps: Callable = for_each_sound(attention_heatmap), # model, video and sounds to their maps (h, w)
 ) -> list[dict]: # heard, predicted, quarter and mouth, one for each quarter
     "In which quarter, and whether on the mouth of who is heard, the peak of each map is."
     rows = []
-    for heard, sound in enumerate(sounds.split(1)):
-        predicted, x, y = place_of_peak(heatmap(model, video, sound))
+    for heard, heatmap in enumerate(heatmaps(model, video, sounds)):
+        predicted, x, y = place_of_peak(heatmap)
         right = predicted == heard
         on_its_mouth = right and on_mouth(x, y, boxes[heard])
         rows.append(dict(heard=heard, predicted=predicted, quarter=right, mouth=on_its_mouth))
@@ -165,20 +181,20 @@ MOSAIC_COLUMNS = ['clip', 'group', 'heard', 'alike', 'predicted', 'quarter', 'mo
 
 def measure_mosaics(
     model: GLCM, # in evaluation mode
-    config: RunConfig, # how it was trained
+    views: ViewConfig, # the size of a quarter, and how many frames
     store: ClipStore, # clips of speakers, with boxes of mouths or without
     clips: dict, # as from `clips_by_speaker`
     kinds: dict, # speaker -> his kind; empty: not known
     count: int, # of mosaics
     seed: int,
-    heatmap: Callable = attention_heatmap, # model, video and audio to the map (h, w)
+    heatmaps: Callable = for_each_sound(attention_heatmap), # model, video and sounds to their maps (h, w)
 ) -> pd.DataFrame: # with `MOSAIC_COLUMNS`, four rows for each mosaic: each talker is heard once
     "Where the peak of each map is, beside a fixed point in the right quarter."
     rows, boxes_of_rows = [], []
     for k in progress(range(count), 'mosaics'):
         numbers, alike = choose_four(clips, kinds, seed, k)
-        video, sounds, boxes = mosaic(store, numbers, config, generator('crops', seed, k))
-        for i, row in zip(numbers, measure_mosaic(model, video, sounds, boxes, heatmap)):
+        video, sounds, boxes = mosaic(store, numbers, views, generator('crops', seed, k))
+        for i, row in zip(numbers, measure_mosaic(model, video, sounds, boxes, heatmaps)):
             about = dict(clip=f"{k}: {store.clips[i]['clip']}", group=store.clips[i]['group'], alike=alike)
             rows.append(about | row)
         boxes_of_rows += boxes
@@ -202,6 +218,15 @@ def read_kinds(
     return kinds
 
 # %% ../../nbs/49d_tasks.mosaic.ipynb #726b99fb
+def _maps(
+    name: str, # one of `MAPS`, or windows
+    config: RunConfig, # how the model was trained
+) -> Callable: # model, video and sounds to their maps
+    "The function that makes the maps of a mosaic."
+    if name == 'windows':
+        return partial(window_heatmaps, side=config.views.crop, loss=config.loss)
+    return for_each_sound(map_named(name, config.loss))
+
 def _parser() -> argparse.ArgumentParser:
     "The command line of this module."
     parser = argparse.ArgumentParser('python -m glcm.tasks.mosaic', description=main.__doc__)
@@ -212,8 +237,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument('--speakers', nargs='+', help='who may be in a mosaic; default: all of the split')
     parser.add_argument('--kinds', help='csv file with columns speaker and sex_by_eye; half of the mosaics are of one')
     parser.add_argument('--count', type=int, default=200, help='of mosaics (%(default)s)')
-    parser.add_argument('--map', choices=MAPS, default='attention',
+    parser.add_argument('--map', choices=[*MAPS, 'windows'], default='attention',
                         help='whose peak is taken (%(default)s)')
+    parser.add_argument('--crop', type=int, help='side of a quarter, pixels; default: of a training view')
+    parser.add_argument('--frames', type=int, help='of a mosaic; default: of a training view')
     parser.add_argument('--seed', type=int, default=0, help='of clips and crops (%(default)s)')
     return parser
 
@@ -226,8 +253,9 @@ def main(arguments: list[str] | None = None):
         store = ClipStore(given.clips)
         clips = clips_by_speaker(store, given.split, given.speakers and tuple(given.speakers))
         kinds = read_kinds(given.kinds)
-        heatmap = map_named(given.map, config.loss)
-        table = measure_mosaics(model, config, store, clips, kinds, given.count, given.seed, heatmap)
+        sizes = {name: getattr(given, name) for name in ('crop', 'frames') if getattr(given, name) is not None}
+        views = replace(config.views, **sizes)
+        table = measure_mosaics(model, views, store, clips, kinds, given.count, given.seed, _maps(given.map, config))
     except InputError as e:
         sys.exit(str(e))
     with atomic_path(given.out) as path:
