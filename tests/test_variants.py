@@ -15,7 +15,7 @@ from glcm.training.config import MachineConfig, run_config
 from glcm.training.step import training_step
 
 PARAMS = tiny_params()
-STUDIES = 'full', 'pretexts', 'paper', 'grid', 'esc10', 'esc50_fold4', 'lrwar', 'seeds', 'talkers', 'world'
+STUDIES = 'full', 'pretexts', 'paper', 'grid', 'esc10', 'esc50_fold4', 'lrwar', 'lrwar_lips', 'seeds', 'talkers', 'world'
 
 
 def rows_of(study):
