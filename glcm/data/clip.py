@@ -182,7 +182,9 @@ def encode_clip(
     samples = round(steps/clip.fps*rate)
     if clip.sound and _is_silent(recording.waveform[:samples]):
         entries['silent'] = True
-    if clip.boxes == 'lips':
+    if clip.crop != 'none':
+        entries['boxes'] = None # those of the list are of whole frames
+    elif clip.boxes == 'lips':
         entries['boxes'] = [_lip_box(path, settings, span, steps)]
     return members, entries
 
