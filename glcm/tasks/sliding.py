@@ -75,8 +75,7 @@ def spread_scores(
     side: int, # of a window, pixels
 ) -> np.ndarray: # (h, w)
     "The scores of windows at every pixel: each at the centre of its window, interpolated between."
-    stride = max(1, side//OVERLAP)
-    places = [(np.arange(length) + 0.5 - side/2)/stride for length in size]
+    places = [(np.arange(length) + 0.5 - side/2)/window_starts(length, side).step for length in size]
     smooth = uniform_filter(scores, 3, mode='nearest')
     return map_coordinates(smooth, np.meshgrid(*places, indexing='ij'), order=1, mode='nearest')
 
