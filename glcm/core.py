@@ -177,23 +177,43 @@ def merge(
         elif name in values:
             del merged[name]
         else:
-            raise InputError(f'{file} removes {name!r} by null, but params.yaml has none there')
+            raise InputError(f'{file} removes {name!r} by null, but what it is laid over has none there')
     return merged
 
 # %% ../nbs/00_core.ipynb #726455b8
+def _study_file(study: str, folder: Path) -> Path:
+    "The file of a study's changes; raises `InputError` where there is none."
+    files = {path.name.removeprefix('params.').removesuffix('.yaml'): path for path in folder.glob('params.*.yaml')}
+    if study not in files:
+        raise InputError(f'there is no study {study!r}, since there is no params.{study}.yaml; '
+                         f'there are: {", ".join(sorted(files)) or "none"}')
+    return files[study]
+
+def _layers(study: str, folder: Path) -> dict: # file's name -> changes, in the order in which they are laid over params.yaml
+    "What a study changes, after what the studies change that it extends."
+    layers = {}
+    while study is not None:
+        path = _study_file(study, folder)
+        if path.name in layers:
+            raise InputError(f'{path.name} extends itself, by way of {list(layers)[-1]}')
+        layers[path.name] = changes = read_params(path)
+        study = changes.pop('extends', None)
+        if not isinstance(study, str | None):
+            raise InputError(f'{path.name}: extends should be the name of a study, not {shown(study)}')
+    return dict(reversed(layers.items()))
+
 def read_study(
     study: str, # whose changes stand in params.<study>.yaml
     folder: str | Path | None = None, # that holds both files; default: the repository
 ) -> dict: # section name -> values; `study` is the study's name
     "All sections of params.yaml as a study changes them; raises `InputError` where they cannot be read."
     folder = Path(folder or root())
-    overlay = folder/f'params.{study}.yaml'
-    studies = sorted(path.name.removeprefix('params.').removesuffix('.yaml') for path in folder.glob('params.*.yaml'))
-    if study not in studies:
-        raise InputError(f'there is no study {study!r}, since there is no params.{study}.yaml; '
-                         f'there are: {", ".join(studies) or "none"}')
-    params = merge(read_params(folder/'params.yaml'), read_params(overlay), overlay.name)
+    layers = _layers(study, folder)
+    params = read_params(folder/'params.yaml')
+    for file, changes in layers.items():
+        params = merge(params, changes, file)
     return params | dict(study=study)
+
 
 # %% ../nbs/00_core.ipynb #012
 NAME = r'^\w([\w -]*\w)?$'      # of a dataset, task, variant or setting

@@ -316,12 +316,13 @@ def _loosen(part):
         _loosen(value)
 
 def _for_studies(whole: dict) -> dict:
-    "A schema, such that a file may leave out what another one holds, and take out its rows."
+    "A schema, such that a file may leave out what another one holds, take out its rows, and extend a study."
     _loosen(whole)
     for section in ROWS:
         rows = whole['properties'][section]['patternProperties'] # pattern of a name -> schema of a row
         for pattern, row in rows.items():
             rows[pattern] = dict(anyOf=[row, dict(type='null')])
+    whole['properties']['extends'] = dict(type='string', description='the study that this one is laid over')
     return whole
 
 # %% ../nbs/60_params.ipynb #020d

@@ -69,7 +69,9 @@ def test_a_study_holds_what_differs_and_nothing_else(study):
             elif name in base and base[name] == value:
                 found.add((*place, name))
         return found
-    assert repeated(read_params(), read_params(root()/f'params.{study}.yaml')) == explained
+    changes = read_params(root()/f'params.{study}.yaml')
+    base = read_study(changes.pop('extends')) if 'extends' in changes else read_params()
+    assert repeated(base, changes) == explained
 
 
 def test_a_mistake_in_a_study_is_reported_as_one_in_the_whole(tmp_path):

@@ -145,8 +145,9 @@ def test_released_at_the_size_of_the_paper():
 def test_studies_share_their_variants():
     "All but which clips they are trained on, and sizes of a pretext that fit these clips; learning curves are of one."
     base = read_params()['variants']
-    base |= dict.fromkeys(('half_clips', 'half_steps'), base['glcm_motion_clip'])
-    base['half_width'] = base['glcm_motion_clip'] | dict(model=dict(local_input='motion', width=read_params()['model']['width']//2))
+    base |= dict.fromkeys(('half_clips', 'half_steps', 'double_steps'), base['glcm_motion_clip'])
+    for name, width in dict(half_width=8, double_width=32).items(): # of 16
+        base[name] = base['glcm_motion_clip'] | dict(model=dict(local_input='motion', width=width))
     for study in STUDIES:
         for name, changes in read_study(study)['variants'].items():
             fitted = () if name in ('glcm', 'paper', 'released', 'scratch') else ('pretrain', 'pretext')
