@@ -590,7 +590,7 @@ def test_recognizers_choose_between_frozen_encoders_first_and_none(name, task, p
         assert task_config(params, task, probe).choose == []
 
 
-@pytest.mark.parametrize('study', ['full', 'pretexts', 'paper', 'grid', 'esc10', 'esc50_fold4', 'lrwar', 'seeds'])
+@pytest.mark.parametrize('study', ['full', 'pretexts', 'paper', 'grid', 'esc10', 'esc50_fold4', 'lrwar', 'seeds', 'world_frames'])
 def test_experiments_of_every_study_fit_together(study):
     "Every task, in every setting, of every variant; each variant is finetuned for something, each dataset used."
     params = read_study(study)
