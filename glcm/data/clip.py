@@ -39,6 +39,7 @@ class ClipConfig:
     # boxes to add for localization: around the lips of the face that speaks; needs glcm[faces]
     boxes: Literal['none', 'lips'] = 'none'
     sound: StrictBool = True   # False: pictures alone are kept, and silent films are as good as others
+    test_validation: StrictBool = False # True: validation clips are tested on as well, where nothing is chosen by them
     # so many clips of the training split, chosen at random, and no others; default: all of all splits
     clips: Annotated[StrictInt, Field(ge=1, le=1_000_000_000)] | None = None
     min_frames: Frames | None = None # frames that a clip needs at least; default: views.frames

@@ -99,12 +99,12 @@ def find_number(
     return Found(value, row['low'], row['high'], int(row['clips']), int(row['seeds']), **of_seeds)
 
 # %% ../../nbs/51a_report.claims.ipynb #007
-KINDS = ('more', 'less', 'above', 'same')
+KINDS = ('more', 'less', 'above', 'below', 'same')
 
 def verdict(
     kind: str, # one of `KINDS`
     found: Found,
-    margin: float, # for `above` and `same`
+    margin: float, # for `above`, `below` and `same`
 ) -> str: # for, against, or cannot be told
     "What a number says about a claim; raises `InputError` for another kind."
     if kind not in KINDS:
@@ -117,6 +117,8 @@ def verdict(
         low, high = -high, -low
     if kind == 'above':
         low, high = low - margin, high - margin
+    if kind == 'below':
+        low, high = margin - high, margin - low
     if kind == 'same':
         holds, fails = -margin < low and high < margin, low > margin or high < -margin
     else:
@@ -167,15 +169,16 @@ def found_text(
     "A number with its interval."
     if row.verdict == 'not measured yet':
         return ''
-    form = '.1f' if row.kind == 'above' else '+.1f'
+    of_value = dict(above='more', below='less').get(row.kind) # otherwise it is a difference
+    form = '.1f' if of_value else '+.1f'
     value, low, high = (format(100*number, form) for number in (row.value, row.low, row.high))
     interval = 'too few groups' if math.isnan(row.low) else f'{low} to {high}'
     if row.lowest < 0 < row.highest:
         interval += f'; seeds from {100*row.lowest:+.1f} to {100*row.highest:+.1f}'
     margin = 100*float(row.margin or 0)
     unit = ' points'
-    if row.kind == 'above':
-        unit = f' %, more than {margin:.1f}?'
+    if of_value:
+        unit = f' %, {of_value} than {margin:.1f}?'
     if row.kind == 'same':
         unit = f' points, within {margin:.0f}?'
     return f'{value} ({interval}){unit}'
