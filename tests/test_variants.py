@@ -148,6 +148,7 @@ def test_studies_share_their_variants():
     base |= dict.fromkeys(('half_clips', 'half_steps', 'double_steps'), base['glcm_motion_clip'])
     for name, width in dict(half_width=8, double_width=32).items(): # of 16
         base[name] = base['glcm_motion_clip'] | dict(model=dict(local_input='motion', width=width))
+    base['longer_shift'] = base['glcm_motion_clip'] | dict(views=dict(shift=7))
     for study in STUDIES:
         for name, changes in read_study(study)['variants'].items():
             fitted = () if name in ('glcm', 'paper', 'released', 'scratch') else ('pretrain', 'pretext')
