@@ -16,6 +16,7 @@ from glcm.training.step import training_step
 
 PARAMS = tiny_params()
 STUDIES = 'full', 'pretexts', 'paper', 'grid', 'esc10', 'esc50_fold4', 'lrwar', 'lrwar_lips', 'seeds', 'talkers', 'world'
+EXTENSIONS = 'lrwar_frames', 'lrwar_ten', 'world_frames', 'world_long'
 
 
 def rows_of(study):
@@ -27,6 +28,7 @@ def rows_of(study):
 
 
 ROWS = [(study, variant) for study in STUDIES if study not in ('seeds', 'talkers', 'esc50_fold4') for variant in rows_of(study)]
+ROWS += [('lrwar_ten', 'double_width'), ('lrwar_ten', 'longer_shift'), ('world_long', 'double_steps')]
 
 @pytest.mark.parametrize('study, variant', ROWS)
 def test_one_step_of_every_variant(study, variant):
@@ -149,7 +151,7 @@ def test_studies_share_their_variants():
     for name, width in dict(half_width=8, double_width=32).items(): # of 16
         base[name] = base['glcm_motion_clip'] | dict(model=dict(local_input='motion', width=width))
     base['longer_shift'] = base['glcm_motion_clip'] | dict(views=dict(shift=7))
-    for study in STUDIES:
+    for study in (*STUDIES, *EXTENSIONS):
         for name, changes in read_study(study)['variants'].items():
             fitted = () if name in ('glcm', 'paper', 'released', 'scratch') else ('pretrain', 'pretext')
             for section in changes | base[name]:
