@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Names', 'Experiments', 'FROM_SOUND', 'FROM_MODEL', 'ModelSection', 'LossSection', 'SettingChanges', 'OF_RUNS',
-           'BETWEEN', 'CLASSES', 'ROWS', 'MatrixConfig', 'LocalizeConfig', 'FiguresConfig', 'TaskChanges',
-           'VariantChanges', 'Params', 'check_params', 'schema', 'main']
+           'BETWEEN', 'CLASSES', 'MatrixConfig', 'LocalizeConfig', 'FiguresConfig', 'TaskChanges', 'VariantChanges',
+           'Params', 'check_params', 'schema', 'main']
 
 # %% ../nbs/60_params.ipynb #002
 import argparse
@@ -299,10 +299,8 @@ def _meanings() -> dict: # beginning of the class's name, e.g. Loss -> parameter
     return meanings
 
 # %% ../nbs/60_params.ipynb #020b
-ROWS = 'experiments', 'datasets', 'variants', 'finetune', 'settings' # sections whose names are the user's
-
 def _loosen(part):
-    "Require nothing in a schema; a section without the name of its kind may be of several."
+    "Require nothing in a schema; a row may be `null`, and a section without the name of its kind of several kinds."
     if isinstance(part, list):
         for value in part:
             _loosen(value)
@@ -314,16 +312,16 @@ def _loosen(part):
         part.pop('discriminator', None)
     for value in part.values():
         _loosen(value)
+    rows = part.get('patternProperties', {}) # pattern of a name that is the user's -> schema of a row
+    for pattern, row in rows.items():
+        rows[pattern] = dict(anyOf=[row, dict(type='null')])
 
 def _for_studies(whole: dict) -> dict:
     "A schema, such that a file may leave out what another one holds, take out its rows, and extend a study."
     _loosen(whole)
-    for section in ROWS:
-        rows = whole['properties'][section]['patternProperties'] # pattern of a name -> schema of a row
-        for pattern, row in rows.items():
-            rows[pattern] = dict(anyOf=[row, dict(type='null')])
     whole['properties']['extends'] = dict(type='string', description='the study that this one is laid over')
     return whole
+
 
 # %% ../nbs/60_params.ipynb #020d
 def _describe(part: dict, meanings: dict): # of one class, parameter -> meaning
