@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['MOUTH_SIZE', 'REACH', 'PENALTIES', 'box_with_margin', 'mouth_pixels', 'sound_bands', 'in_context', 'Sums',
-           'collect_sums', 'ridge', 'correlations', 'linear_fit', 'choosing_clips', 'best_fit', 'measure_linear',
-           'main']
+           'collect_sums', 'ridge', 'correlations', 'linear_fit', 'fitted_clips', 'best_fit', 'measure_linear', 'main']
 
 # %% ../../nbs/49c_tasks.linear.ipynb #002
 import argparse
@@ -19,9 +18,9 @@ from torch.nn import functional as F
 
 from ..core import InputError, atomic_path, progress
 from ..data.shards import ClipStore
-from ..data.table import chance
 from .statistics import task_scores
-from .match import Fit, longest_offset, measure_matching, measure_offsets, owner
+from .listen import part_of_groups
+from .match import Fit, longest_offset, measure_matching, measure_offsets
 
 # %% ../../nbs/49c_tasks.linear.ipynb #005
 def _pixels_of(
@@ -144,17 +143,14 @@ def linear_fit(
 # %% ../../nbs/49c_tasks.linear.ipynb #011
 PENALTIES = 1e-4, 1e-3, 1e-2, 1e-1
 
-def choosing_clips(
+def fitted_clips(
     store: ClipStore,
     sides: dict, # split -> numbers of its clips
 ) -> tuple[list, list]: # numbers of the clips that are fitted, and of those that choose the penalty
     "Training and validation clips; without the latter, a fifth of the groups of the former chooses."
     if sides['validate']:
         return sides['train'], sides['validate']
-    fitted, choosing = [], []
-    for i in sides['train']:
-        side = choosing if chance(owner(store.clips[i]), seed=3) < 0.2 else fitted
-        side.append(i)
+    choosing, fitted = part_of_groups(store, sides['train'], 0.2, seed=3)
     if not (fitted and choosing):
         raise InputError(f'{store.folder} has no validation clips, and too few groups to train on')
     return fitted, choosing
@@ -166,7 +162,7 @@ def best_fit(
     count: int, # sounds to choose from
 ) -> tuple[Fit, float]: # the fit, and its penalty
     "The linear model of the training clips, with the penalty that is best on clips that were not fitted."
-    fitted, choosing = choosing_clips(store, sides)
+    fitted, choosing = fitted_clips(store, sides)
     sums = collect_sums(store, fitted)
     matched = {}
     for penalty in PENALTIES:
