@@ -98,6 +98,16 @@ def test_clips_without_mouths_or_splits_are_named():
     talkers.clips[0]['boxes'] = None
     with pytest.raises(InputError, match='clip c0 of talkers has no box of a mouth'):
         collect_sums(talkers, [0])
-    talkers.clips = [row | dict(split='train') for row in talkers.clips]
-    with pytest.raises(InputError, match="no clips of the split 'validate'"):
-        measure_linear(talkers, 16)
+    for missing in ('train', 'test'):
+        talkers = Talkers(24)
+        talkers.clips = [row for row in talkers.clips if row['split'] != missing]
+        with pytest.raises(InputError, match=f"no clips of the split '{missing}'"):
+            measure_linear(talkers, 16)
+
+
+def test_linear_model_needs_no_validation_clips():
+    talkers = Talkers(60)
+    talkers.clips = [row | dict(split='test' if row['split'] == 'validate' else row['split']) for row in talkers.clips]
+    offsets, matching, _ = measure_linear(talkers, 16, count=8)
+    assert offsets.within.all() and matching.matched.all()
+    assert set(matching.group) == {f's{k}' for k in range(4, 12)}
