@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['Size', 'Length', 'Stride', 'KINETICS_MEAN', 'KINETICS_STD', 'PARTS', 'ATTENTION_PARTS', 'ModelConfig', 'Embeddings',
-           'projection_head', 'normalize_frames', 'visual_encoders', 'GLCM', 'mean_slices', 'glcm_loss']
+           'projection_head', 'normalize_frames', 'visual_encoders', 'GLCM', 'take_steps', 'overlap', 'mean_slices',
+           'local_loss', 'glcm_loss']
 
 # %% ../nbs/04_model.ipynb #002
 from collections.abc import Iterable
@@ -20,7 +21,7 @@ from .attention import attention_map, attention_pool, mean_pool
 from .core import InputError, Temperature, configuration
 from .distributed import Ranks
 from .encoders import SPATIAL_STAGES, audio_resnet18, stage_strides, video_resnet18
-from .losses import ALONE, LossConfig, mil_nce_clip, mil_nce_global, mil_nce_local
+from .losses import ALONE, LossConfig, mil_nce_clip, mil_nce_global, mil_nce_local, mil_nce_near
 
 # %% ../nbs/04_model.ipynb #005
 Size = Annotated[StrictInt, Field(ge=1, le=65_536)]
@@ -291,6 +292,33 @@ def check_trained(
         raise InputError(f'{purpose} needs {", ".join(missing)} of the network, and pretraining has trained '
                          f'{", ".join(self.trained)} alone: choose features and input among these, or another variant')
 
+# %% ../nbs/04_model.ipynb #7d20c102
+def take_steps(
+    features: torch.Tensor, # (B, T, ...)
+    steps: torch.Tensor, # (B, n) numbers of steps
+) -> torch.Tensor: # (B, n, ...)
+    "Other steps of each clip."
+    clips = torch.arange(len(steps), device=steps.device).unsqueeze(1) # (B, 1)
+    return features[clips, steps]
+
+# %% ../nbs/04_model.ipynb #7d20c103
+def overlap(
+    z_a: torch.Tensor, # (B, D, T*M) local audio embeddings, M slices per visual step
+    z_v: torch.Tensor, # (B, D, T) local visual embeddings
+    shift: torch.Tensor, # (B,) steps by which the audio of each clip is later, -longest..longest
+    longest: int, # largest shift there can be
+) -> tuple: # (B, D, (T - longest)*M) and (B, D, T - longest)
+    "Local embeddings of the moments that the frames and the audio of a view have in common."
+    T = z_v.shape[2]
+    steps = torch.arange(T - longest, device=shift.device)
+    video_steps = steps + shift.clamp(min=0).unsqueeze(1) # (B, T - longest)
+    audio_steps = steps + (-shift).clamp(min=0).unsqueeze(1)
+    video = take_steps(z_v.transpose(1, 2), video_steps).transpose(1, 2)
+    slices = z_a.unflatten(2, (T, -1)).permute(0, 2, 3, 1) # (B, T, M, D)
+    audio = take_steps(slices, audio_steps).flatten(1, 2).transpose(1, 2)
+    return audio, video
+
+
 # %% ../nbs/04_model.ipynb #016
 def mean_slices(
     slices: torch.Tensor, # (B, D, T*M) local audio embeddings
@@ -302,23 +330,39 @@ def mean_slices(
     return F.normalize(means, dim=1) if normalize else means
 
 # %% ../nbs/04_model.ipynb #43efe518
+def local_loss(
+    slices: torch.Tensor, # (B, D, T*M) local audio embeddings
+    steps: torch.Tensor, # (B, D, T) local visual embeddings
+    config: LossConfig, # how they are compared
+    ranks: Ranks, # processes whose clips are the negatives
+    shift: torch.Tensor | None, # (B,) steps by which the audio of each clip is later, -longest..longest; None: none
+    longest: int, # largest shift there can be
+) -> torch.Tensor: # scalar
+    "The local loss (Eq. 2), or one of its variants; raises `InputError` for impossible values."
+    shared = dict(temperature=config.temperature, count_positives=config.count_positives)
+    if not config.mil:
+        slices = mean_slices(slices, steps.shape[2], config.normalize)
+    if config.local_negatives == 'near':
+        return mil_nce_near(slices, steps, shift, longest, **shared)
+    if longest:
+        slices, steps = overlap(slices, steps, shift, longest)
+    if config.local_negatives == 'clip':
+        return mil_nce_clip(slices, steps, **shared)
+    return mil_nce_local(slices, steps, block=config.block or None, ranks=ranks, **shared)
+
 def glcm_loss(
     embeddings: Embeddings, # of this rank's clips
     config: LossConfig, # how they are compared
     ranks: Ranks = ALONE, # processes that train together
+    shift: torch.Tensor | None = None, # (B,) steps by which the audio of each clip is later, -longest..longest
+    longest: int = 0, # largest shift there can be
 ) -> dict: # loss = global_loss + local_weight * local_loss; local_loss is 0 where local_weight is 0
-    "The training loss (Section 3): global (Eq. 1) and local (Eq. 2)."
+    "The training loss (Section 3): global (Eq. 1) and local (Eq. 2); raises `InputError` for impossible values."
     negatives_of = ranks if config.negatives == 'world' else ALONE
-    shared = dict(temperature=config.temperature, count_positives=config.count_positives, ranks=negatives_of)
-    global_loss = mil_nce_global(embeddings.audio_global, embeddings.video_global, **shared)
+    z_a, z_v = embeddings.audio_global, embeddings.video_global
+    where = mil_nce_global(z_a, z_v, config.temperature, config.count_positives, negatives_of)
     if config.local_weight == 0:
-        return dict(loss=global_loss, global_loss=global_loss, local_loss=torch.zeros_like(global_loss))
-    slices, steps = embeddings.audio_local, embeddings.video_local
-    if not config.mil:
-        slices = mean_slices(slices, steps.shape[2], config.normalize)
-    if config.local_negatives == 'clip':
-        local_loss = mil_nce_clip(slices, steps, config.temperature, config.count_positives)
-    else:
-        local_loss = mil_nce_local(slices, steps, block=config.block or None, **shared)
-    loss = global_loss + config.local_weight*local_loss
-    return dict(loss=loss, global_loss=global_loss, local_loss=local_loss)
+        return dict(loss=where, global_loss=where, local_loss=torch.zeros_like(where))
+    when = local_loss(embeddings.audio_local, embeddings.video_local, config, negatives_of, shift, longest)
+    return dict(loss=where + config.local_weight*when, global_loss=where, local_loss=when)
+

@@ -1,6 +1,7 @@
 "Both MIL-NCE losses against a reference of loops in float64, closed forms, and their own dense form."
 import math
 import re
+from functools import partial
 from itertools import product
 
 import pytest
@@ -9,7 +10,9 @@ from torch.autograd import gradcheck
 from torch.nn import functional as F
 
 from glcm.core import InputError
-from glcm.losses import COUNTS, dense_mil_nce, global_bags, local_bags, mil_nce_clip, mil_nce_global, mil_nce_local
+from glcm.losses import (
+    COUNTS, dense_mil_nce, global_bags, local_bags, mil_nce_clip, mil_nce_global, mil_nce_local, mil_nce_near,
+)
 
 
 def looped_mil_nce(scores, own, count):
@@ -54,6 +57,26 @@ def looped_local(z_a, z_v, temperature, count):
         scores.append([dot(z_v[b, :, t], z_a[c, :, m])/temperature for c, m in slices])
         own.append({k for k, (c, m) in enumerate(slices) if c == b and m//M == t})
     return looped_mil_nce(scores, own, count)
+
+
+def looped_near(z_a, z_v, shift, longest, temperature, count):
+    "The loss with negatives within the shift, with one loop per index."
+    B, D, T = z_v.shape
+    M = z_a.shape[2]//T
+
+    def bag(b, p, q):
+        "Exponentials of a visual step with the slices of a step of audio."
+        return [math.exp(dot(z_v[b, :, p], z_a[b, :, M*q + m])/temperature) for m in range(M)]
+
+    losses = []
+    for b in range(B):
+        for t in range(longest, T - longest):
+            steps = range(t - longest, t + longest + 1)
+            for bags, own in (({q: sum(bag(b, t, q)) for q in steps}, t - shift[b]),
+                              ({p: sum(bag(b, p, t)) for p in steps}, t + shift[b])):
+                negatives = sum(value for step, value in bags.items() if step != own)
+                losses.append(math.log((COUNTS[count]*bags[own] + negatives)/bags[own]))
+    return sum(losses)/len(losses)
 
 
 def dense_global(z_a, z_v, temperature, count):
@@ -131,6 +154,52 @@ def test_who_it_is_does_not_lower_the_loss_of_the_clip_alone():
     z_a, z_v = who.expand(8, 8, 12), who.expand(8, 8, 4)
     assert mil_nce_clip(z_a, z_v).item() == pytest.approx(math.log(2*4 - 1), rel=1e-5)
     assert mil_nce_local(z_a, z_v).item() == pytest.approx(math.log(2*4 - 1), rel=1e-5) # of 32 steps the other clips' are excluded
+
+
+@pytest.mark.parametrize('count', COUNTS)
+@pytest.mark.parametrize('temperature', [1., 0.07])
+@pytest.mark.parametrize('D, T, M, longest', [(4, 9, 3, 2), (3, 4, 1, 1), (5, 11, 2, 5)])
+def test_negatives_within_the_shift_equal_loops(D, T, M, longest, temperature, count):
+    "For every shift there can be."
+    shift = torch.arange(-longest, longest + 1)
+    z_a = embeddings(len(shift), D, T*M, dtype=torch.float64)
+    z_v = embeddings(len(shift), D, T, seed=1, dtype=torch.float64)
+    expected = looped_near(z_a, z_v, shift.tolist(), longest, temperature, count)
+    assert mil_nce_near(z_a, z_v, shift, longest, temperature, count).item() == pytest.approx(expected, rel=1e-10)
+
+
+@pytest.mark.parametrize('count', COUNTS)
+def test_gradcheck_with_negatives_within_the_shift(count):
+    z_a, z_v = leaf(2, 3, 10, dtype=torch.float64), leaf(2, 3, 5, seed=1, dtype=torch.float64)
+    assert gradcheck(lambda a, v: mil_nce_near(a, v, torch.tensor([2, -1]), 2, 0.5, count), (z_a, z_v))
+
+
+def test_counting_steps_does_not_lower_the_loss_within_the_shift():
+    "The best that scores of places alone can do, over all shifts, is chance; among all of the clip it is far less."
+    T, longest = 10, 3
+    shift = torch.arange(-longest, longest + 1)
+    z_a, z_v = leaf(1, T, T), torch.eye(T)[None] # any table of scores
+    optimizer = torch.optim.Adam([z_a], 0.2)
+    for _ in range(200):
+        loss = mil_nce_near(z_a.expand(len(shift), T, T), z_v.expand(len(shift), T, T), shift, longest, 1.)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() == pytest.approx(math.log(2*longest + 1), abs=1e-4)
+
+
+def test_half_precision_is_computed_in_float32_with_negatives_within_the_shift():
+    z_a, z_v, shift = embeddings(3, 8, 18).bfloat16(), embeddings(3, 8, 6, seed=1).bfloat16(), torch.tensor([2, 0, -1])
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        found = mil_nce_near(z_a, z_v, shift, 2)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, mil_nce_near(z_a.float(), z_v.float(), shift, 2))
+
+
+@pytest.mark.parametrize('longest, message', [(0, 'shift of 0 need it to be 1'), (2, 'more than 4 steps, not 4')])
+def test_shifts_that_leave_no_step(longest, message):
+    with pytest.raises(InputError, match=message):
+        mil_nce_near(torch.zeros(3, 8, 12), torch.zeros(3, 8, 4), torch.tensor([0, 0, 0]), longest)
 
 
 def test_one_positive_is_infonce():
@@ -308,7 +377,8 @@ def test_nan_stays_visible():
     (mil_nce_local, (4, 8, 2), (4, 8, 4)),
     (mil_nce_local, (4, 8, 0), (4, 8, 4)),
     (mil_nce_clip, (4, 8, 13), (4, 8, 4)),
-    (mil_nce_clip, (4, 8, 12), (3, 8, 4))])
+    (mil_nce_clip, (4, 8, 12), (3, 8, 4)),
+    (partial(mil_nce_near, shift=torch.zeros(4, dtype=torch.long), longest=1), (4, 8, 13), (4, 8, 4))])
 def test_shapes_that_do_not_fit(loss, a, v):
     with pytest.raises(InputError, match=re.escape(f'not {a} and {v}')):
         loss(torch.zeros(a), torch.zeros(v))

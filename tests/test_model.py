@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from glcm.attention import area_resample, attention_map, attention_pool, attention_scores, mean_pool
 from glcm.core import InputError
 from glcm.encoders import audio_resnet18, video_resnet18
-from glcm.losses import LossConfig
-from glcm.model import GLCM, Embeddings, ModelConfig, glcm_loss
+from glcm.losses import LossConfig, mil_nce_clip, mil_nce_local, mil_nce_near
+from glcm.model import GLCM, Embeddings, ModelConfig, glcm_loss, overlap
 
 SMALL = ModelConfig(
     encoders='r3d', width=4, embedding=16, local_embedding=0, bands=80, global_frames=4, slices_per_step=3,
@@ -120,6 +120,39 @@ def test_negatives_of_the_clip_alone_leave_the_other_clips_out():
     by_clip = [glcm_loss(one, LOSS)['local_loss'] for one in alone]
     torch.testing.assert_close(found['local_loss'], torch.stack(by_clip).mean())
     assert found['local_loss'] < expected['local_loss'] and found['global_loss'] == expected['global_loss']
+
+
+def test_overlap_is_the_moments_that_both_contain():
+    "Embeddings that carry clip and moment, for every shift there can be."
+    B, T, M, longest = 7, 9, 3, 3
+    shift = torch.arange(-longest, longest + 1)
+    clip = torch.arange(float(B)).view(B, 1, 1).expand(B, 1, T)
+    moments = torch.arange(float(T)).expand(B, 1, T)
+    z_v = torch.cat([clip, moments], 1)
+    z_a = torch.cat([clip, moments + shift.view(B, 1, 1)], 1).repeat_interleave(M, 2)
+    z_a = torch.cat([z_a, torch.arange(M).repeat(T).expand(B, 1, T*M)], 1) # which slice of its step
+    slices, steps = overlap(z_a, z_v, shift, longest)
+    assert steps.shape == (B, 2, T - longest) and slices.shape == (B, 3, (T - longest)*M)
+    assert torch.equal(slices[:, :2], steps.repeat_interleave(M, 2))
+    assert torch.equal(slices[:, 2], torch.arange(float(M)).repeat(T - longest).expand(B, -1))
+    assert torch.equal(steps[:, 0], clip[:, 0, :T - longest])
+    assert (steps[:, 1].diff(dim=1) == 1).all()
+
+
+def test_the_local_loss_knows_how_the_views_were_cut():
+    "Each kind of negatives with the shift of its clips; the ablation of slices comes first."
+    z = build().eval()(*clips())
+    shift, longest = torch.tensor([2, -1, 0]), 2
+    common = overlap(z.audio_local, z.video_local, shift, longest)
+    means = F.normalize(z.audio_local.unflatten(2, (8, 3)).mean(-1), dim=1)
+    for changes, expected in [
+            (dict(), mil_nce_local(*common)),
+            (dict(local_negatives='clip'), mil_nce_clip(*common)),
+            (dict(local_negatives='near'), mil_nce_near(z.audio_local, z.video_local, shift, longest)),
+            (dict(local_negatives='near', mil=False), mil_nce_near(means, z.video_local, shift, longest))]:
+        found = glcm_loss(z, replace(LOSS, **changes), shift=shift, longest=longest)
+        torch.testing.assert_close(found['local_loss'], expected)
+        torch.testing.assert_close(found['loss'], found['global_loss'] + expected)
 
 
 def test_glcm_trains_everything():

@@ -21,8 +21,8 @@ from glcm.training.step import tune_gpu
 
 GPU = torch.device('cuda', 0)
 VARIANTS = [
-    'glcm', 'glcm_no_local', 'glcm_no_mil', 'glcm_silence', 'glcm_motion', 'glcm_motion_clip', 'moco', 'cpc', 'dpc', 'infomax', 'avts',
-    'avts_cross_entropy', 'avslowfast']
+    'glcm', 'glcm_no_local', 'glcm_no_mil', 'glcm_silence', 'glcm_motion', 'glcm_motion_clip', 'glcm_motion_near',
+    'moco', 'cpc', 'dpc', 'infomax', 'avts', 'avts_cross_entropy', 'avslowfast']
 aten = torch.ops.aten
 
 

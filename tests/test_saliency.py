@@ -1,4 +1,5 @@
 """Saliency of motion: against a picture that is stopped a little, of stills, of the shipped network, and by the command."""
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -35,12 +36,13 @@ def store(tmp_path_factory):
     return ClipStore(tiny_clips(tmp_path_factory.mktemp('clips'), 'vggss', held_out=12))
 
 
-@pytest.mark.parametrize('variant', ['glcm', 'glcm_no_mil', 'glcm_motion', 'glcm_motion_clip'])
+@pytest.mark.parametrize('variant', ['glcm', 'glcm_no_mil', 'glcm_motion', 'glcm_motion_clip', 'glcm_motion_near'])
 def test_relevance_is_what_stopping_a_patch_costs(store, variant):
     config = config_of(variant)
     model = new_model(config).double()
     video, audio = middle_span(store, 0, config.views.frames)
     audio = audio.double()
+    loss = replace(config.loss, local_negatives='all') # of one clip, uncut, all are those of the clip
     relevance = motion_relevance(model, video, audio, config.loss)
 
     frames = normalize_frames(video, model.mean, model.std)
@@ -54,7 +56,7 @@ def test_relevance_is_what_stopping_a_patch_costs(store, variant):
         with torch.inference_mode():
             features = model.local_features(frames + stopped*patch*(still - frames), embeddings.attention)
             changed = embeddings._replace(video_local=model.embed('video_local', features))
-            return glcm_loss(changed, config.loss)['local_loss'].item()
+            return glcm_loss(changed, loss)['local_loss'].item()
 
     slope = (loss_of(1e-6) - loss_of(-1e-6))/2e-6
     assert relevance[20:36, 30:50].sum() == pytest.approx(slope, rel=1e-4)

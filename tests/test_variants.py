@@ -16,7 +16,7 @@ from glcm.training.step import training_step
 
 PARAMS = tiny_params()
 STUDIES = 'full', 'pretexts', 'paper', 'grid', 'esc10', 'esc50_fold4', 'lrwar', 'lrwar_lips', 'seeds', 'talkers', 'world'
-EXTENSIONS = 'lrwar_frames', 'lrwar_ten', 'world_frames', 'world_long'
+EXTENSIONS = 'lrwar_frames', 'lrwar_near', 'lrwar_ten', 'lrwar_wide', 'world_frames', 'world_long', 'world_near'
 
 
 def rows_of(study):
@@ -234,6 +234,13 @@ def test_impossible_parameters_are_refused_before_training(section, values, mess
     params = PARAMS | {section: PARAMS[section] | values}
     with pytest.raises(InputError, match=message):
         run_config(params, 'glcm', 0)
+
+
+def test_negatives_within_no_shift_are_refused():
+    params = PARAMS | dict(views=PARAMS['views'] | dict(shift=0))
+    with pytest.raises(InputError, match='near compares steps within views.shift, which is 0'):
+        run_config(params, 'glcm_motion_near', 0)
+    run_config(params | dict(loss=PARAMS['loss'] | dict(local_negatives='near')), 'moco', 0) # has no local loss
 
 
 def test_missing_parameter_is_named():

@@ -10,9 +10,8 @@ from glcm.core import generator, parse, read_params
 from glcm.data.shards import ClipStore
 from glcm.data.planes import to_rgb
 from glcm.data.views import (
-    StepSampler, TrainingViews, ViewConfig, clip_views, loader_options, overlap, prepare_inputs, training_batches,
+    StepSampler, TrainingViews, ViewConfig, clip_views, loader_options, prepare_inputs, training_batches,
     training_clips)
-from glcm.model import Embeddings
 from glcm.testing import tiny_clips
 
 CONFIG = parse(ViewConfig, read_params()['views'], 'views')
@@ -107,30 +106,6 @@ def test_inputs_of_the_network(dtype, expected):
     assert audio.dtype == expected and audio[1, 2].tolist() == [-1.5, 0., 1., 2.5]
     assert torch.equal(prepare_inputs(planes, None)[0], video) and prepare_inputs(planes, None)[1] is None
     assert torch.equal(prepare_inputs(None, mel)[1], audio) and prepare_inputs(None, mel)[0] is None
-
-
-def test_overlap_is_the_moments_that_both_contain():
-    "Embeddings that carry clip and moment, for every shift there can be."
-    B, T, M, longest = 7, 9, 3, 3
-    shift = torch.arange(-longest, longest + 1)
-    clip = torch.arange(float(B)).view(B, 1, 1).expand(B, 1, T)
-    moments = torch.arange(float(T)).expand(B, 1, T)
-    z_v = torch.cat([clip, moments], 1)
-    z_a = torch.cat([clip, moments + shift.view(B, 1, 1)], 1).repeat_interleave(M, 2)
-    z_a = torch.cat([z_a, torch.arange(M).repeat(T).expand(B, 1, T*M)], 1) # which slice of its step
-    found = overlap(Embeddings(None, None, None, z_a, z_v), shift, longest)
-    assert found.video_local.shape == (B, 2, T - longest) and found.audio_local.shape == (B, 3, (T - longest)*M)
-    assert torch.equal(found.audio_local[:, :2], found.video_local.repeat_interleave(M, 2))
-    assert torch.equal(found.audio_local[:, 2], torch.arange(float(M)).repeat(T - longest).expand(B, -1))
-    assert torch.equal(found.video_local[:, 0], clip[:, 0, :T - longest])
-    assert (found.video_local[:, 1].diff(dim=1) == 1).all()
-
-
-def test_overlap_without_shift_or_local_pathway():
-    z = Embeddings(torch.zeros(2, 3), None, None, None, None)
-    assert overlap(z, torch.tensor([1, 0]), 1) is z
-    z = z._replace(audio_local=torch.zeros(2, 3, 6), video_local=torch.zeros(2, 3, 2))
-    assert overlap(z, torch.tensor([0, 0]), 0) is z
 
 
 # Second views: those of a clip that tells where they were taken

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MEL_CENTRE', 'MEL_SCALE', 'ViewConfig', 'split_planes', 'crop_planes', 'flip_planes', 'crop_start', 'augment',
-           'view_start', 'spare_frames', 'read_frames', 'clip_views', 'take_steps', 'overlap', 'scale_mel',
-           'prepare_inputs', 'ExtraViews', 'second_start', 'second_sound', 'without_repetition', 'StepSampler',
-           'recordings_of', 'training_clips', 'TrainingViews', 'loader_options', 'training_batches']
+           'view_start', 'spare_frames', 'read_frames', 'clip_views', 'scale_mel', 'prepare_inputs', 'ExtraViews',
+           'second_start', 'second_sound', 'without_repetition', 'StepSampler', 'recordings_of', 'training_clips',
+           'TrainingViews', 'loader_options', 'training_batches']
 
 # %% ../../nbs/23_data.views.ipynb #002
 import multiprocessing
@@ -23,7 +23,6 @@ from ..core import InputError, Probability, Side, configuration, generator
 from .table import TRAINING, chance
 from .planes import to_rgb
 from .shards import ClipStore
-from ..model import Embeddings
 
 # %% ../../nbs/23_data.views.ipynb #004
 @configuration
@@ -168,34 +167,6 @@ def clip_views(
     planes = read_frames(store, i, start, config, rng)
     mel = store.mel(i, start + shift, start + shift + config.frames)
     return planes, torch.from_numpy(mel), shift
-
-# %% ../../nbs/23_data.views.ipynb #44059109
-def take_steps(
-    features: torch.Tensor, # (B, T, ...)
-    steps: torch.Tensor, # (B, n) numbers of steps
-) -> torch.Tensor: # (B, n, ...)
-    "Other steps of each clip."
-    clips = torch.arange(len(steps), device=steps.device).unsqueeze(1) # (B, 1)
-    return features[clips, steps]
-
-# %% ../../nbs/23_data.views.ipynb #009
-def overlap(
-    embeddings: Embeddings, # of a batch of views
-    shift: torch.Tensor, # (B,) steps by which the audio of each view is later, -longest..longest
-    longest: int, # largest shift there can be
-) -> Embeddings: # the same, with T - longest local steps
-    "Local embeddings of the moments that the frames and the audio of a view have in common."
-    z_v, z_a = embeddings.video_local, embeddings.audio_local
-    if longest == 0 or z_v is None:
-        return embeddings
-    T = z_v.shape[2]
-    steps = torch.arange(T - longest, device=shift.device)
-    video_steps = steps + shift.clamp(min=0).unsqueeze(1) # (B, T - longest)
-    audio_steps = steps + (-shift).clamp(min=0).unsqueeze(1)
-    video = take_steps(z_v.transpose(1, 2), video_steps).transpose(1, 2)
-    slices = z_a.unflatten(2, (T, -1)).permute(0, 2, 3, 1) # (B, T, M, D)
-    audio = take_steps(slices, audio_steps).flatten(1, 2).transpose(1, 2)
-    return embeddings._replace(audio_local=audio, video_local=video)
 
 # %% ../../nbs/23_data.views.ipynb #010
 MEL_CENTRE, MEL_SCALE = -2, 2 # of log10 mel energies

@@ -14,9 +14,9 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 
-from ..core import configuration, generator
+from ..core import InputError, configuration, generator
 from ..data.audio import noise_mel, silent_mel
-from ..data.views import ExtraViews, overlap, prepare_inputs, scale_mel
+from ..data.views import ExtraViews, prepare_inputs, scale_mel
 from ..distributed import Ranks
 from ..losses import ALONE, silence_loss
 from ..model import GLCM, PARTS, Embeddings, glcm_loss
@@ -210,6 +210,10 @@ class GLCMConfig(PretextConfig):
     def trained(self, run):
         return PARTS if run.loss.local_weight > 0 else ('global', 'audio', 'projections')
 
+    def check(self, run):
+        if run.loss.local_negatives == 'near' and not run.views.shift:
+            raise InputError('loss.local_negatives: near compares steps within views.shift, which is 0: choose 1 or more')
+
     def network(self, model, run):
         return GLCMPretext(model, run)
 
@@ -232,8 +236,7 @@ class GLCMPretext(Pretext):
         return self.model(views['video'], views['audio'], self.has_local, views.get('nothing'))
 
     def loss(self, outputs, views, ranks=ALONE):
-        common = overlap(outputs, views['shift'], self.run.views.shift)
-        losses = glcm_loss(common, self.run.loss, ranks)
+        losses = glcm_loss(outputs, self.run.loss, ranks, views['shift'], self.run.views.shift)
         if 'nothing' in views:
             less = silence_loss(outputs.audio_global, outputs.audio_nothing, outputs.video_global,
                                 self.run.loss.temperature)

@@ -279,6 +279,7 @@ VARIANT_NAMES = dict(
     glcm_silence='GLCM with silence and noise as negatives',
     glcm_motion='GLCM, motion in the local view',
     glcm_motion_clip='GLCM, motion, and negatives of the clip alone',
+    glcm_motion_near='GLCM, motion, and negatives within the shift',
     glcm_15k='GLCM on K-AV-15K',
     glcm_15k_no_mil='GLCM without MIL on K-AV-15K',
     glcm_kinetics='GLCM on Kinetics alone',

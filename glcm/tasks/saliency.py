@@ -10,6 +10,7 @@ __all__ = ['SMOOTHING', 'MAPS', 'PICTURED', 'motion_relevance', 'saliency_heatma
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -44,9 +45,10 @@ def motion_relevance(
     frames = normalize_frames(video.to(model.mean.device), model.mean, model.std)
     motion = frames - frames.mean(2, keepdim=True)
     frames.requires_grad_()
+    within_clip = replace(loss, local_negatives='clip') # there is no other, and it is not cut apart
     with torch.enable_grad():
         embeddings = model.embed_views(frames, model.audio_encoder(audio.to(model.mean.device)), local=True)
-        gradient, = torch.autograd.grad(glcm_loss(embeddings, loss)['local_loss'], frames)
+        gradient, = torch.autograd.grad(glcm_loss(embeddings, within_clip)['local_loss'], frames)
     return -(gradient*motion).sum((1, 2))[0].cpu().numpy()
 
 # %% ../../nbs/48b_tasks.saliency.ipynb #c699f516
