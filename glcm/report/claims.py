@@ -131,8 +131,8 @@ def verdict(
 DATA = dict(
     drawn='The drawn world: miniature copies of each dataset, which ship with this repository or are drawn like it',
     recorded='Small real data: recordings of GRID, LRW-AR and ESC-10',
-    beyond='Not in the paper, drawn world: motion in the local view, negatives of the clip alone, and the saliency of the local loss',
-    beyond_recorded='Not in the paper, small real data: motion in the local view and negatives of the clip alone')
+    beyond='Not in the paper, drawn world: motion in the local view, negatives of the own clip, and the saliency of the local loss',
+    beyond_recorded='Not in the paper, small real data: motion in the local view and negatives of the own clip')
 
 def read_claims(
     path: str | Path, # nbs/claims.csv

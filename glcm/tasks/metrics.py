@@ -107,11 +107,12 @@ def other_scores(
 ) -> dict: # for each name on_<name> and beside_<name>; NaN where no clip that counts has it
     "How often the peak lies on something else that clips show, and how often on the source where that is there."
     scores = {}
-    for column in clips.columns[clips.columns.str.startswith('on_')]:
-        weights = counts*clips[column].notna()
+    for column in [name for name in clips if name.startswith('on_')]:
+        on = clips[column].to_numpy(float) # in numpy, since a bootstrap asks some thousand times
+        weights = np.where(np.isnan(on), 0, counts)
         total = weights.sum() or np.nan
-        scores[column] = (weights*clips[column].fillna(0)).sum()/total
-        scores[column.replace('on_', 'beside_', 1)] = (weights*clips.pointing).sum()/total
+        scores[column] = weights @ np.nan_to_num(on)/total
+        scores[column.replace('on_', 'beside_', 1)] = weights @ clips.pointing.to_numpy()/total
     return scores
 
 # %% ../../nbs/40_tasks.metrics.ipynb #019
