@@ -98,5 +98,5 @@ def test_every_claim_names_a_number_that_a_study_makes():
             for setting in filter(None, [wanted.get('setting'), wanted.get('against_setting')]):
                 assert setting in settings, claim.claim
         if wanted.get('against') == wanted.get('variant'):
-            pairs = comparisons(wanted['variant'], wanted['setting'], [])
+            pairs = comparisons(wanted['variant'], wanted['setting'], [wanted['variant']])
             assert (wanted['against'], wanted['against_setting']) in pairs, claim.claim

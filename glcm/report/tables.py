@@ -165,13 +165,15 @@ OTHER_PRETEXTS = dict(moco='MoCo', cpc='CPC', dpc='DPC', infomax='InfoMax', avts
 
 def base_variant(
     variant: str,
-    variants: list, # that were run
-) -> str: # one of them, or `glcm`
-    "The variant that another one changes: the longest name that its own begins with, or GLCM of the same clips."
+    variants: list, # that were run, in the order of params.yaml
+) -> str: # one of them
+    "The variant that another one changes: the longest name that its own begins with, GLCM of the same clips, or the first."
     bases = [other for other in variants if variant.startswith(f'{other}_')]
     if variant in OTHER_PRETEXTS and 'glcm_15k' in variants:
         bases.append('glcm_15k') # as in Table 4
-    return max(['glcm', *bases], key=len)
+    if bases:
+        return max(bases, key=len)
+    return 'glcm' if 'glcm' in variants else variants[0]
 
 # %% ../../nbs/51_report.tables.ipynb #263413ed
 def comparisons(
