@@ -240,7 +240,7 @@ def test_negatives_within_no_shift_are_refused():
     params = PARAMS | dict(views=PARAMS['views'] | dict(shift=0))
     with pytest.raises(InputError, match='near compares steps within views.shift, which is 0'):
         run_config(params, 'glcm_motion_near', 0)
-    run_config(params | dict(loss=PARAMS['loss'] | dict(local_negatives='near')), 'moco', 0) # has no local loss
+    run_config(params, 'glcm_motion_clip', 0)
 
 
 def test_missing_parameter_is_named():
