@@ -312,7 +312,6 @@ def one_of_near(
     denominator = torch.cat([scores] + [positives]*(count - 1), 2).logsumexp(2)
     return (denominator - positives.squeeze(2)).mean()
 
-
 # %% ../nbs/03_losses.ipynb #5c1e7a04
 def mil_nce_near(
     z_a: torch.Tensor, # (B, D, T*M) local audio embeddings, M slices per visual step
@@ -332,7 +331,6 @@ def mil_nce_near(
     with torch.autocast(z_v.device.type, enabled=False):
         by_step, by_audio = near_scores(z_a.to(precision), z_v.to(precision)/temperature, longest)
         return (one_of_near(by_step, longest - shift, count) + one_of_near(by_audio, longest + shift, count))/2
-
 
 # %% ../nbs/03_losses.ipynb #021b
 def silence_loss(

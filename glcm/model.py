@@ -318,7 +318,6 @@ def overlap(
     audio = take_steps(slices, audio_steps).flatten(1, 2).transpose(1, 2)
     return audio, video
 
-
 # %% ../nbs/04_model.ipynb #016
 def mean_slices(
     slices: torch.Tensor, # (B, D, T*M) local audio embeddings
@@ -365,4 +364,3 @@ def glcm_loss(
         return dict(loss=where, global_loss=where, local_loss=torch.zeros_like(where))
     when = local_loss(embeddings.audio_local, embeddings.video_local, config, negatives_of, shift, longest)
     return dict(loss=where + config.local_weight*when, global_loss=where, local_loss=when)
-

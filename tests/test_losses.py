@@ -175,7 +175,7 @@ def test_gradcheck_with_negatives_within_the_shift(count):
 
 
 def test_counting_steps_does_not_lower_the_loss_within_the_shift():
-    "The best that scores of places alone can do, over all shifts, is chance; among all of the clip it is far less."
+    "The best that scores of places alone can do, over all shifts, is chance."
     T, longest = 10, 3
     shift = torch.arange(-longest, longest + 1)
     z_a, z_v = leaf(1, T, T), torch.eye(T)[None] # any table of scores

@@ -18,8 +18,10 @@ from glcm.data.workers import PreprocessConfig
 from glcm.params import check_params, schema
 from glcm.stage import names_of
 
-STUDIES = ('full', 'pretexts', 'paper', 'grid', 'esc10', 'esc50_fold4', 'lrwar', 'lrwar_frames', 'lrwar_lips', 'lrwar_near', 'lrwar_ten', 'lrwar_wide', 'seeds',
-           'talkers', 'world', 'world_frames', 'world_long', 'world_near')
+STUDIES = (
+    'full', 'pretexts', 'paper', 'grid', 'esc10', 'esc50_fold4', 'seeds', 'talkers',
+    'lrwar', 'lrwar_frames', 'lrwar_lips', 'lrwar_near', 'lrwar_ten', 'lrwar_wide',
+    'world', 'world_frames', 'world_long', 'world_near')
 FILES = 'params.yaml', *(f'params.{study}.yaml' for study in STUDIES)
 PARAMS = read_study('full')
 BAD_NAMES = ['', '.', '..', '../x', 'a/../b', '/etc', 'a/b', 'a\\b', '-p', '--variant', '.hidden', 'a ', ' a',

@@ -35,7 +35,9 @@ from test_resume import assert_equal_runs, write_clips
 from test_views import numbered_views
 
 # rows of `variants`, each with another pretext or part of one
-VARIANTS = ['glcm', 'glcm_motion_near', 'glcm_no_local', 'glcm_silence', 'moco', 'cpc', 'dpc', 'infomax', 'avts', 'avts_cross_entropy', 'avslowfast']
+VARIANTS = [
+    'glcm', 'glcm_motion_near', 'glcm_no_local', 'glcm_silence',
+    'moco', 'cpc', 'dpc', 'infomax', 'avts', 'avts_cross_entropy', 'avslowfast']
 LATE = 5 # a step at which all that a pretext does is going on
 SMALL = dict(views=dict(crop=32), model=dict(grid=8)) # a step on such pictures costs a third
 
